@@ -1,0 +1,103 @@
+"""Configs: defaults < YAML file < ``key=value`` overrides. An unknown key is an error, the resolved config is saved.
+
+defaults (pydantic fields) ──► YAML file ──► --set training.total_steps=100 ──► validated, frozen config
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from polyglu.errors import PolygluError
+from polyglu.files import write_text
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def load_config(kind: type[Config], path: Path | None, overrides: Iterable[str] = ()) -> Config:
+    """Read a config of class ``kind`` from a YAML file, then apply ``section.key=value`` overrides.
+
+    Raises:
+        PolygluError: no such file, not YAML, unknown key (with the nearest known one), wrong type or range.
+    """
+    values: dict[str, Any] = {} if path is None else _read_yaml(path)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise PolygluError(f"override {override!r} is not of the form section.key=value.")
+        _set(values, key.split("."), yaml.safe_load(text))
+    return validate(kind, values, source=str(path) if path else kind.__name__)
+
+
+def validate(kind: type[Config], values: Mapping[str, Any], source: str) -> Config:
+    """Build ``kind`` from plain values; any fault becomes one sentence that names ``source`` and the key.
+
+    Raises:
+        PolygluError: unknown key (with the nearest known one), wrong type or range, or a failed check.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            hint = _did_you_mean(str(first["loc"][-1]), _known_keys(kind, first["loc"][:-1]))
+            raise PolygluError(f"{source}: unknown key '{key}'{hint}.") from None
+        message = first["msg"].removeprefix("Value error, ").rstrip(".")
+        got = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
+        raise PolygluError(f"{source}: {key + ': ' if key else ''}{message}{got}.") from None
+
+
+def save_config(config: BaseModel, path: Path) -> None:
+    """Write the resolved config as YAML, every key present."""
+    write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PolygluError(f"config file {path} does not exist; the shipped ones are in configs/.") from None
+    except IsADirectoryError:
+        raise PolygluError(f"config file {path} is a folder; give the YAML file itself.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PolygluError(f"config file {path} is not valid YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise PolygluError(f"config file {path} must be a mapping of keys to values, got {type(values).__name__}.")
+    return values
+
+
+def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        inner = values.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise PolygluError(f"override '{'.'.join(keys)}': '{key}' is a value, not a section.")
+        values = inner
+    values[keys[-1]] = value
+
+
+def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Keys of the config section at ``location``; names of dictionary entries and list items are passed over."""
+    for part in location:
+        field = kind.model_fields.get(str(part))
+        if field is None:
+            continue
+        kind = next((inner for inner in _models_in(field.annotation)), kind)
+    return list(kind.model_fields)
+
+
+def _models_in(annotation: Any) -> Iterable[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _models_in(argument)
+
+
+def _did_you_mean(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else f"; known keys: {', '.join(known)}"

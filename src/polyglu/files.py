@@ -1,0 +1,67 @@
+"""Files that are whole or not there: written under a temporary name, flushed to disk, then renamed."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from polyglu.errors import PolygluError
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> str:
+    """Create or replace ``path`` with what ``write`` puts into an open binary file; return its SHA-256 (hex)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    digest = sha256(temporary)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+    return digest
+
+
+def write_text(path: Path, text: str) -> str:
+    """Create or replace a UTF-8 text file atomically; return its SHA-256 (hex)."""
+    return write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, value: Any) -> str:
+    """Create or replace a JSON file atomically (sorted keys, readable); return its SHA-256 (hex)."""
+    return write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        PolygluError: the file is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PolygluError(f"{path} does not exist.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PolygluError(
+            f"{path} is not valid JSON ({error}); make it again with the command that wrote it."
+        ) from None
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk, so that a rename survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,68 @@
+"""Causal attention inside documents: one function, its backends chosen inside, callers unchanged.
+
+CUDA: the flash-attn package if installed, else PyTorch's own FlashAttention (``torch.nn.attention.varlen``).
+Elsewhere, or with ``use_flash_attn: false``: PyTorch's SDPA on each document, without building masks.
+
+Shapes: B rows, T columns, N = B * T tokens, H query heads, G key/value heads, d head_dim.
+"""
+
+import importlib.util
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from polyglu.model.packing import Packing
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, use_flash: bool) -> Tensor:
+    """Softmax(q k^T / sqrt(d)) v over the earlier tokens of the same document.
+
+    Args:
+        q: ``[B, T, H, d]``.
+        k: ``[B, T, G, d]``, H a multiple of G.
+        v: ``[B, T, G, d]``.
+        packing: documents of the rows.
+        use_flash: use FlashAttention kernels where the device and dtype allow.
+
+    Returns:
+        ``[B, T, H, d]``.
+    """
+    if use_flash and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        return _flash(q, k, v, packing)
+    return _sdpa(q, k, v, packing)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    if packing.whole_rows:
+        return _sdpa_rows(q, k, v)
+    documents = zip(*(x.flatten(0, 1).split(packing.lengths) for x in (q, k, v)), strict=True)
+    return torch.cat([_sdpa_rows(*(x[None] for x in document))[0] for document in documents]).view_as(q)
+
+
+def _sdpa_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))  # [B, H or G, T, d]
+    return F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    flat = [x.flatten(0, 1) for x in (q, k, v)]  # [N, H or G, d]
+    bounds, longest = packing.cu_seqlens, packing.max_length
+    if _flash_attn_installed():
+        from flash_attn import flash_attn_varlen_func
+
+        out: Tensor = flash_attn_varlen_func(*flat, bounds, bounds, longest, longest, causal=True)
+    else:
+        from torch.nn.attention.varlen import varlen_attn
+
+        groups = q.shape[2] // k.shape[2]
+        # Some releases of varlen_attn lack grouped heads: repeat keys and values instead.
+        query, key, value = flat[0], *(x.repeat_interleave(groups, dim=1) for x in flat[1:])
+        out = varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=(-1, 0))
+    return out.view_as(q)
+
+
+@cache
+def _flash_attn_installed() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None

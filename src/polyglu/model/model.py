@@ -1,0 +1,223 @@
+"""Making, saving and loading models. ``load_checkpoint`` is the only loader.
+
+A portable checkpoint is one ``.pt`` file that loads with ``weights_only=True``:
+    format, model (weights, fp32), config (ModelConfig), step, tau, tokenizer (name, fingerprint)
+"""
+
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from polyglu.config_file import validate
+from polyglu.errors import PolygluError
+from polyglu.files import read_json, write_atomically, write_json
+from polyglu.model.architecture import PolychromaticLM
+from polyglu.model.config import ModelConfig
+
+PORTABLE_FORMAT = "polyglu-portable-1"
+
+
+def create_model(config: ModelConfig, seed: int = 0, device: torch.device | str = "cpu") -> PolychromaticLM:
+    """Make an initialised model; the weights follow from ``seed`` alone, whatever the device."""
+    model = PolychromaticLM(config)
+    model.init_weights(torch.Generator().manual_seed(seed))
+    return model.to(device)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint file holds, on the CPU, in this project's names."""
+
+    weights: dict[str, Tensor]
+    config: ModelConfig
+    step: int
+    tau: float
+    tokenizer: dict[str, Any]
+    """name and fingerprint; empty for published checkpoints, which do not say."""
+
+
+def load_checkpoint(
+    path: str | Path, config: ModelConfig | None = None, device: torch.device | str = "cpu"
+) -> tuple[PolychromaticLM, int, float]:
+    """Load a model in evaluation mode from a portable ``.pt``, a safetensors folder or file, or the published layout.
+
+    Args:
+        path: file, or folder with ``config.json`` and ``model.safetensors``.
+        config: used instead of the checkpoint's own; its shape must match the weights.
+        device: where the model goes.
+
+    Returns:
+        The model, the step at which it was saved, and the routing temperature tau of that step.
+
+    Raises:
+        PolygluError: missing, not a checkpoint, pickled objects other than tensors and plain values, or another shape.
+    """
+    checkpoint = read_checkpoint(path)
+    with torch.device("meta"):
+        model = PolychromaticLM(config or checkpoint.config)
+    expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    found = {name: tuple(weight.shape) for name, weight in checkpoint.weights.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise PolygluError(
+                f"{path}: weight '{name}' has shape {found.get(name, 'none (missing)')}, the config expects "
+                f"{expected.get(name, 'no such weight')}; use the config the checkpoint was trained with."
+            )
+    model = PolychromaticLM(model.config)
+    model.load_state_dict({name: weight.float() for name, weight in checkpoint.weights.items()})
+    return model.to(device).eval(), checkpoint.step, checkpoint.tau
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read what ``load_checkpoint`` loads, without building a model.
+
+    Raises:
+        PolygluError: missing or not a checkpoint.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise PolygluError(f"checkpoint {path} does not exist; training writes portable_*.pt into its checkpoint_dir.")
+    if path.is_dir() or path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    content = _unpickle(path)
+    if content.get("format") == PORTABLE_FORMAT:
+        try:
+            return Checkpoint(
+                weights=content["model"],
+                config=validate(ModelConfig, content["config"], source=str(path)),
+                step=int(content["step"]),
+                tau=float(content["tau"]),
+                tokenizer=dict(content["tokenizer"]),
+            )
+        except KeyError as error:
+            raise PolygluError(f"{path} is not a whole portable checkpoint: {error} is missing.") from None
+    if isinstance(content.get("model"), dict) and "embeddings.weight" in content["model"]:
+        weights = content["model"]
+        config = _config_from_published(weights, path)
+        step, tau = int(content.get("step") or 0), float(content.get("tau") or 1.0)
+        return Checkpoint(_from_published(weights), config, step, tau, tokenizer={})
+    raise PolygluError(f"{path} is not a PolyGLU checkpoint: it has neither this project's nor the published layout.")
+
+
+def save_portable(
+    path: Path, weights: Mapping[str, Tensor], config: ModelConfig, step: int, tau: float, tokenizer: Mapping[str, Any]
+) -> str:
+    """Write a portable checkpoint atomically; return its SHA-256 (hex)."""
+    content = {
+        "format": PORTABLE_FORMAT,
+        "model": {name: weight.detach().float().cpu().contiguous() for name, weight in weights.items()},
+        "config": config.model_dump(mode="json"),
+        "step": step,
+        "tau": tau,
+        "tokenizer": dict(tokenizer),
+    }
+    return write_atomically(path, lambda file: torch.save(content, file))
+
+
+def save_safetensors(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint as a folder of ``model.safetensors`` and ``config.json``, which ``load_checkpoint`` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: weight.contiguous() for name, weight in checkpoint.weights.items()}, folder / "model.safetensors")
+    description = {"step": checkpoint.step, "tau": checkpoint.tau, "tokenizer": checkpoint.tokenizer}
+    write_json(folder / "config.json", {"model": checkpoint.config.model_dump(mode="json"), **description})
+
+
+def _unpickle(path: Path) -> dict[str, Any]:
+    """Read tensors and plain values only: nothing in the file is ever executed."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        TypeError,
+    ):
+        raise PolygluError(
+            f"{path} is not a checkpoint: it is damaged, or holds more than tensors and plain values; "
+            "nothing in it was executed."
+        ) from None
+    if not isinstance(content, dict):
+        raise PolygluError(f"{path} is not a PolyGLU checkpoint: expected a dictionary, got {type(content).__name__}.")
+    return content
+
+
+def _read_safetensors(path: Path) -> Checkpoint:
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.exists():
+        raise PolygluError(f"{path} has no model.safetensors; give a portable .pt file or a safetensors folder.")
+    try:
+        weights = load_file(file)
+    except (SafetensorError, ValueError, OSError):
+        raise PolygluError(f"{file} is not a whole safetensors file; copy or export it again.") from None
+    if "embeddings.weight" in weights:
+        return Checkpoint(_from_published(weights), _config_from_published(weights, file), 0, 1.0, tokenizer={})
+    description = read_json(file.with_name("config.json"))
+    if not isinstance(description, dict) or "model" not in description:
+        raise PolygluError(
+            f"{file.with_name('config.json')} has no 'model' section, which describes the weights' shape."
+        )
+    config = validate(ModelConfig, description["model"], source=str(file.with_name("config.json")))
+    step, tau = int(description.get("step", 0)), float(description.get("tau", 1.0))
+    return Checkpoint(weights, config, step, tau, description.get("tokenizer", {}))
+
+
+_PUBLISHED_NAMES = (
+    (r"^embeddings\.", "embed_tokens."),
+    (r"^model_core\.", "layers."),
+    (r"\.rmsnorm_1\.gama$", ".input_layernorm.weight"),
+    (r"\.rmsnorm_2\.gama$", ".post_attention_layernorm.weight"),
+    (r"\.gqa\.rmsnorm_([qk])\.gama$", r".self_attn.\1_norm.weight"),
+    (r"\.gqa\.W_([qkvo])\.", r".self_attn.\1_proj."),
+    (r"\.polyglu\.W_(gate|up|down)\.", r".mlp.\1_proj."),
+    (r"\.polyglu\.gate_net\.0\.", ".mlp.router.hidden."),
+    (r"\.polyglu\.gate_net\.2\.", ".mlp.router.out."),
+    (r"\.polyglu\.", ".mlp."),
+    (r"^rmsnorm\.gama$", "norm.weight"),
+)
+
+
+def published_name(name: str) -> str:
+    """Name in this project of a weight of the published layout."""
+    for pattern, replacement in _PUBLISHED_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _from_published(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    derived = ("rope.", "output_head.")  # tables, and the head tied to the embedding
+    return {published_name(name): weight for name, weight in weights.items() if not name.startswith(derived)}
+
+
+def _config_from_published(weights: Mapping[str, Tensor], path: Path) -> ModelConfig:
+    """The published layout carries no config; all of it but eps shows in the shapes."""
+    try:
+        vocab_size, d_model = weights["embeddings.weight"].shape
+        head_dim = weights["model_core.0.gqa.rmsnorm_q.gama"].shape[0]
+        layers = {int(name.split(".")[1]) for name in weights if name.startswith("model_core.")}
+        d_ff, n_activations = weights["model_core.0.polyglu.alpha"].shape
+        rope = weights.get("rope.cosines")
+        return ModelConfig(
+            vocab_size=vocab_size,
+            d_model=d_model,
+            d_ff=d_ff,
+            n_layers=len(layers),
+            n_q_heads=weights["model_core.0.gqa.W_q.weight"].shape[0] // head_dim,
+            n_kv_heads=weights["model_core.0.gqa.W_k.weight"].shape[0] // head_dim,
+            head_dim=head_dim,
+            seq_length=ModelConfig().seq_length if rope is None else rope.shape[0],
+            n_activations=n_activations,
+        )
+    except (KeyError, ValueError) as error:
+        raise PolygluError(f"{path} looks like the published layout, but is not whole: {error}.") from None

@@ -1,0 +1,122 @@
+"""Routing: pooling over a scope, the mixture of activations, Gumbel noise, entropies. Shapes as in ``architecture``."""
+
+from functools import reduce
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from polyglu.model.activations import ACTIVATIONS
+from polyglu.model.config import RoutingScope
+from polyglu.model.packing import Packing
+
+
+def pool(x: Tensor, scope: RoutingScope, packing: Packing) -> Tensor:
+    """Mean of ``[B, T, R]`` over the routing scope: ``[B, 1, R]`` if a row has one mean, else ``[B, T, R]``.
+
+    Each document is summed by itself, so that no rounding carries anything from one to another.
+    """
+    if scope == "sequence" or (scope == "document" and packing.whole_rows):
+        return x.mean(1, keepdim=True)
+    if packing.whole_rows:
+        return _running_mean(x, dim=1)
+    documents = x.flatten(0, 1).split(packing.lengths)
+    if scope == "document":
+        pooled = [document.mean(0, keepdim=True).expand_as(document) for document in documents]
+    else:
+        pooled = [_running_mean(document, dim=0) for document in documents]
+    return torch.cat(pooled).view_as(x)
+
+
+def _running_mean(x: Tensor, dim: int) -> Tensor:
+    counts = torch.arange(1, x.shape[dim] + 1, device=x.device, dtype=x.dtype)
+    return x.cumsum(dim) / counts[:, None]
+
+
+def mix_activations(gate: Tensor, neuron_logits: Tensor, token_logits: Tensor, tau: float) -> Tensor:
+    """sum_k softmax_k((neuron + token logits) / tau) * activation_k(gate).
+
+    The softmax is computed in fp32, one activation at a time; nothing of size ``[T, F, K]`` is made.
+
+    Args:
+        gate: ``[B, T, F]``.
+        neuron_logits: fp32 ``[1 or B, F, K]``, alpha and noise.
+        token_logits: fp32 ``[B, S, K]``.
+        tau: temperature.
+
+    Returns:
+        ``[B, T, F]`` in the dtype of ``gate``.
+    """
+    weights = routing_weights(neuron_logits, token_logits, tau)
+    mixed = sum(weight * activation.function(gate) for weight, activation in zip(weights, ACTIVATIONS, strict=False))
+    assert isinstance(mixed, Tensor)
+    return mixed.to(gate.dtype)
+
+
+def routing_weights(neuron_logits: Tensor, token_logits: Tensor, tau: float) -> list[Tensor]:
+    """Softmax over K of the full logits: K tensors ``[B, S, F]`` of fp32 weights that sum to 1."""
+    neuron, token = neuron_logits / tau, token_logits / tau
+    logits = [neuron[:, None, :, k] + token[:, :, None, k] for k in range(token.shape[-1])]
+    # The largest logit is subtracted as a constant: it cancels, so it needs no gradient.
+    largest = reduce(torch.maximum, [logit.detach() for logit in logits])
+    exponentials = [torch.exp(logit - largest) for logit in logits]
+    total = sum(exponentials)
+    return [exponential / total for exponential in exponentials]
+
+
+def gumbel_noise(seed: int, sample_ids: Tensor, n_layers: int, d_ff: int, n_activations: int) -> Tensor:
+    """Standard Gumbel noise that depends on nothing but (seed, sample, layer, neuron, activation).
+
+    A counter hashed to a uniform number: the same on every device and for any number of ranks.
+
+    Args:
+        seed: of the run.
+        sample_ids: ``[B]`` int64, global index of each row's sample.
+        n_layers: L.
+        d_ff: F.
+        n_activations: K.
+
+    Returns:
+        fp32 ``[L, B, F, K]`` on the device of ``sample_ids``.
+    """
+    device = sample_ids.device
+    samples = _hash(sample_ids + _hash(torch.tensor(seed, device=device)))  # [B]
+    key = _hash(samples + torch.arange(n_layers, device=device)[:, None])  # [L, B]
+    counters = _hash(key[..., None] + torch.arange(d_ff * n_activations, device=device))  # [L, B, F * K]
+    uniform = ((counters & 0xFFFFFF).float() + 0.5) * 2.0**-24  # 24 bits: never 0 or 1
+    return -torch.log(-torch.log(uniform)).unflatten(-1, (d_ff, n_activations))
+
+
+def _hash(x: Tensor) -> Tensor:
+    """Mix the bits of int64 values (splitmix64's finaliser, in arithmetic modulo 2^64)."""
+    x = x + -7046029254386353131  # 0x9E3779B97F4A7C15
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685  # 0x94D049BB133111EB
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def entropy(weights: Tensor, dim: int = -1) -> Tensor:
+    """Shannon entropy in nats of weights that sum to 1 along ``dim``."""
+    return torch.special.entr(weights).sum(dim)
+
+
+def static_entropy(alpha: Tensor) -> Tensor:
+    """Entropy in nats of each neuron's static preference, softmax(alpha): ``[F, K]`` -> ``[F]``."""
+    return entropy(F.softmax(alpha.float(), dim=-1))
+
+
+@torch.no_grad()
+def dynamic_entropy(alpha: Tensor, token_logits: Tensor, max_positions: int = 256) -> Tensor:
+    """Mean entropy in nats of softmax(full logits) at temperature 1, without noise, over neurons and positions.
+
+    Args:
+        alpha: ``[F, K]``.
+        token_logits: ``[B, S, K]``.
+        max_positions: evenly spaced positions that are looked at, to bound the memory.
+    """
+    rows = token_logits.flatten(0, 1)
+    rows = rows[:: max(1, len(rows) // max_positions)][None]
+    weights = routing_weights(alpha.float()[None], rows, 1.0)
+    total = sum(torch.special.entr(weight) for weight in weights)
+    assert isinstance(total, Tensor)
+    return total.mean()

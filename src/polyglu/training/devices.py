@@ -1,0 +1,58 @@
+"""What a device can do: compute dtype, peak speed, memory in use."""
+
+import resource
+import time
+
+import torch
+
+# Dense bf16 peak in FLOP/s, by a part of the device's name (vendors' data sheets).
+_PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "A6000": 155e12,
+    "4090": 165e12,
+    "3090": 71e12,
+}
+
+
+def pick_device(local_rank: int = 0) -> torch.device:
+    """The rank's GPU if there is one, else the CPU."""
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Dtype of matrix products for ``auto``, ``bf16`` or ``fp32``; auto takes bf16 where it is fast."""
+    if precision == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = any(torch.cpu.get_capabilities().get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+        precision = "bf16" if fast else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Peak FLOP/s that MFU is a share of: the data sheet's, or on other devices that of a measured matrix product."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, peak in _PEAK_FLOPS.items():
+            if part in name:
+                return peak
+    size = 1024
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory in use so far, in bytes: allocated on the GPU, or resident of the process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
