@@ -1,0 +1,85 @@
+"""The model computes what the published code computed: outputs, gradients and entropies of a small published model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from polyglu.model.architecture import PolychromaticLM, PolyGLU
+from polyglu.model.config import ModelConfig
+from polyglu.model.model import create_model, load_checkpoint, published_name, read_checkpoint, save_safetensors
+from polyglu.model.routing import dynamic_entropy, static_entropy
+
+FIXTURE = Path(__file__).parents[1] / "fixtures/reference_model"
+EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
+TENSORS = load_file(FIXTURE / "expected.safetensors")
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.detach() - expected).norm() / expected.norm())
+
+
+@pytest.fixture
+def model() -> PolychromaticLM:
+    return load_checkpoint(FIXTURE / "portable.pt")[0]
+
+
+@pytest.mark.parametrize("mode", ["noise_free", "with_noise"])
+def test_outputs_and_gradients(model: PolychromaticLM, mode: str) -> None:
+    noise = TENSORS["gumbel_noise"] if mode == "with_noise" else None
+    logits = model(TENSORS["input_ids"], tau=EXPECTED["tau"], gumbel=noise)
+    loss = F.cross_entropy(logits.flatten(0, 1), TENSORS["targets"].flatten())
+    loss.backward()
+    assert relative_error(logits, TENSORS[f"{mode}.logits"]) < 1e-5
+    assert relative_error(loss, TENSORS[f"{mode}.loss"]) < 1e-5
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    published = [key for key in TENSORS if key.startswith(f"{mode}.grad.")]
+    assert len(published) >= 25
+    for key in published:
+        assert relative_error(gradients[published_name(key.removeprefix(f"{mode}.grad."))], TENSORS[key]) < 1e-5, key
+
+
+@pytest.mark.parametrize("file", ["portable.pt", "model.safetensors", ""])
+def test_published_layout_is_read(file: str, model: PolychromaticLM) -> None:
+    loaded, step, tau = load_checkpoint(FIXTURE / file)
+    assert loaded.config == ModelConfig(**EXPECTED["config"])
+    assert torch.equal(loaded(TENSORS["input_ids"]), model(TENSORS["input_ids"]))
+    assert (step, tau) == ((1234, 0.5) if file == "portable.pt" else (0, 1.0))
+
+
+def test_own_safetensors_folder_round_trip(model: PolychromaticLM, tmp_path: Path) -> None:
+    save_safetensors(tmp_path, read_checkpoint(FIXTURE / "portable.pt"))
+    loaded, step, tau = load_checkpoint(tmp_path)
+    assert (step, tau) == (1234, 0.5)
+    assert torch.equal(loaded(TENSORS["input_ids"]), model(TENSORS["input_ids"]))
+
+
+@torch.no_grad()
+def test_entropies(model: PolychromaticLM) -> None:
+    _, routing = model.features(TENSORS["input_ids"], tau=EXPECTED["tau"])
+    for index, (layer, token_logits) in enumerate(zip(model.layers, routing, strict=True)):
+        assert isinstance(layer.mlp, PolyGLU)
+        static = float(static_entropy(layer.mlp.alpha).mean())
+        dynamic = float(dynamic_entropy(layer.mlp.alpha, token_logits))
+        assert static == pytest.approx(EXPECTED["static_routing_entropy"][f"routing_entropy/layer_{index}"], rel=1e-5)
+        expected = EXPECTED["dynamic_routing_entropy"][f"dynamic_routing_entropy/layer_{index}"]
+        assert dynamic == pytest.approx(expected, rel=1e-5)
+
+
+def test_paper_size() -> None:
+    with torch.device("meta"):
+        paper = PolychromaticLM(ModelConfig())
+    assert sum(parameter.numel() for parameter in paper.parameters()) == 597_153_888
+
+
+def test_rope_tables_stay_fp32_under_autocast() -> None:
+    model = create_model(ModelConfig(**EXPECTED["config"]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(TENSORS["input_ids"])
+    published = load_file(FIXTURE / "model.safetensors")
+    assert model.rope.cos.dtype == torch.float32
+    torch.testing.assert_close(model.rope.cos, published["rope.cosines"])
+    torch.testing.assert_close(model.rope.sin, published["rope.sins"])

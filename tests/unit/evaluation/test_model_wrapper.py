@@ -1,0 +1,152 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+
+from polyglu.data.chat import encode_prompt
+from polyglu.errors import PolygluError
+from polyglu.evaluation.model_wrapper import HarnessModel, cut_at, stop_rule
+from polyglu.evaluation.scoring import Request, rolling_requests, score
+from polyglu.inference import Inference
+
+PAIRS = [
+    ("Question: 3 + 4 =\nAnswer:", " 7\n#### 7"),
+    ("Question: 3 + 4 =\nAnswer:", " 8"),
+    ("Question: 12", " + 9 =\nAnswer: 21"),
+    ("", "Question: 7"),
+    ("Quest", "ion"),
+    ("Question: 20 + ", "15"),
+    ("Question: " + "9 + " * 40, "9"),
+    ("Question: 3 + 4 =\nAnswer:", " 7\n#### 9"),
+]
+
+
+def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
+    return [Instance(kind, {}, argument, index) for index, argument in enumerate(arguments)]
+
+
+def harness(opened: Inference, batch_size: int = 4, chat: bool = False) -> HarnessModel:
+    return HarnessModel(opened.model, opened.tokenizer, opened.tau, batch_size, chat)
+
+
+def plain_score(opened: Inference, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    """One request, one row, one position at a time."""
+    tokens = (context + continuation)[-(opened.model.config.seq_length + 1) :]
+    with torch.inference_mode():
+        logits = opened.model(torch.tensor([tokens[:-1]]), tau=opened.tau)[0].double()
+    total, greedy = 0.0, True
+    for offset, token in enumerate(reversed(continuation), start=1):
+        total += float(logits[-offset].log_softmax(0)[token])
+        greedy &= int(logits[-offset].argmax()) == token
+    return total, greedy
+
+
+def test_log_likelihoods_equal_a_plain_loop_at_any_batch_size(opened: Inference) -> None:
+    model = harness(opened)
+    expected = []
+    for context, continuation in PAIRS:
+        whole = opened.tokenizer.encode(context + continuation)
+        n_context = len(opened.tokenizer.encode(context.rstrip()))
+        n_context = min(n_context, len(whole) - 1)
+        left = whole[:n_context] or [opened.tokenizer.eos_id]
+        expected.append(plain_score(opened, left, whole[n_context:]))
+    for batch_size in (1, 3, 100):
+        model = harness(opened, batch_size)
+        found = model.loglikelihood(instances("loglikelihood", PAIRS), disable_tqdm=True)
+        for (log_likelihood, is_greedy), (wanted, greedy) in zip(found, expected, strict=True):
+            assert log_likelihood == pytest.approx(wanted, abs=1e-4)
+            assert is_greedy == greedy
+    assert [greedy for _, greedy in expected[:2]] == [True, False]
+    assert all(math.isfinite(value) for value, _ in expected)
+
+
+def test_rolling_windows_predict_each_token_once(opened: Inference) -> None:
+    text = " ".join(f"Question: {number} + {number + 1} =" for number in range(40))
+    tokens = opened.tokenizer.encode(text)
+    longest = opened.model.config.seq_length
+    windows = rolling_requests(tokens, opened.tokenizer.eos_id, longest)
+    assert [token for window in windows for token in window.targets] == tokens
+    assert len(windows) > 2 and all(len(window.input_ids) <= longest for window in windows)
+    expected = sum(
+        plain_score(opened, list(window.input_ids[: 1 - len(window.targets) or None]), list(window.targets))[0]
+        for window in windows
+    )
+    for batch_size in (1, 5):
+        found = harness(opened, batch_size).loglikelihood_rolling(instances("loglikelihood_rolling", [(text,), ("",)]))
+        assert found == pytest.approx([expected, 0.0], abs=1e-3)
+
+
+def test_equal_inputs_run_once(opened: Inference) -> None:
+    tokens: list[int] = []
+    hook = opened.model.embed_tokens.register_forward_hook(lambda _m, inputs, _o: tokens.append(inputs[0].numel()))
+    options = [Request((5, 6, 7), (option,)) for option in range(4)]
+    scores = score(opened.model, options, opened.tau, description="options")
+    hook.remove()
+    assert sum(tokens) == 3
+    assert len({found.log_likelihood for found in scores}) == 4
+
+
+def test_a_continuation_longer_than_the_model_is_refused(opened: Inference) -> None:
+    with pytest.raises(PolygluError, match="seq_length is 64"):
+        harness(opened).loglikelihood(instances("loglikelihood", [("a", "b " * 80)]), disable_tqdm=True)
+
+
+def test_generation_stops_and_does_not_depend_on_the_batch(opened: Inference) -> None:
+    prompts = ["Question: 3 + 4 =\nAnswer:", "Question: 12 + 9 =\nAnswer:", "Question: 6 + 31 =\nAnswer:", ""]
+    settings = {"until": ["####", "Question:"], "max_gen_toks": 20}
+    requests = instances("generate_until", [(prompt, settings) for prompt in prompts])
+    answers = harness(opened, 1).generate_until(requests)
+    assert answers[:3] == [" 7\n", " 21\n", " 37\n"]
+    assert harness(opened, 4).generate_until(requests) == answers
+    # Without a stop string, the end-of-document token ends it.
+    free = harness(opened).generate_until(instances("generate_until", [(prompts[0], {"max_gen_toks": 40})]))
+    assert free == [" 7\n#### 7"]
+    drawn = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 3.0}
+    requests = instances("generate_until", [(prompt, drawn) for prompt in prompts])
+    assert harness(opened, 1).generate_until(requests) == harness(opened, 3).generate_until(requests) != answers
+
+
+def test_chat_prompts_carry_the_special_tokens(opened: Inference) -> None:
+    model = harness(opened, chat=True)
+    messages = [{"role": "user", "content": "12 + 9 ="}]
+    prompt = model.apply_chat_template(messages)
+    assert model.tok_encode(prompt) == encode_prompt(messages, opened.tokenizer)
+    assert model.generate_until(instances("generate_until", [(prompt, {"until": []})])) == ["21\n#### 21"]
+    # In plain prompts, text that spells a special token stays text.
+    assert opened.tokenizer.im_start_id not in harness(opened).tok_encode(prompt)
+
+
+def test_long_prompts_keep_their_end_and_are_reported(opened: Inference, caplog: pytest.LogCaptureFixture) -> None:
+    prompt = "Question: 6 + 31 =\n" * 9 + "Question: 12 + 9 =\nAnswer:"
+    settings = {"until": ["\n"], "max_gen_toks": 256}
+    long, _ = harness(opened).generate_until(instances("generate_until", [(prompt, settings), ("Quest", settings)]))
+    kept = opened.tokenizer.encode(prompt)[-32:]
+    new = harness(opened).generate_until(instances("generate_until", [(opened.tokenizer.decode(kept), settings)]))
+    assert opened.tokenizer.encode(opened.tokenizer.decode(kept)) == kept
+    assert [long] == new
+    assert "1 of 2 prompts were cut" in caplog.text
+
+
+def test_unknown_generation_settings_are_refused(opened: Inference) -> None:
+    with pytest.raises(PolygluError, match="num_beams"):
+        harness(opened).generate_until(instances("generate_until", [("a", {"until": [], "num_beams": 4})]))
+
+
+@pytest.mark.parametrize("stop", ["####", "\n#", "estion", "swer: 7\n", "é", "日本"])
+def test_stop_strings_are_found_across_token_borders(opened: Inference, stop: str) -> None:
+    text = "Question: 3 + 4 =\nAnswer: 7\n#### 7 née 日本語"
+    ids = opened.tokenizer.encode(text)
+    rule = stop_rule(opened.tokenizer, ["never this", stop])
+    assert rule is not None
+    fired = [rule(ids[:n]) for n in range(1, len(ids) + 1)]
+    # The rule must fire at the very token that completes the stop string.
+    complete = [stop in opened.tokenizer.decode(ids[:n]) for n in range(1, len(ids) + 1)]
+    assert True in complete and fired.index(True) == complete.index(True)
+
+
+def test_text_is_cut_at_the_first_stop_string() -> None:
+    assert cut_at("a b c", ["c", "b"]) == "a "
+    assert cut_at("a b c", ["x"]) == "a b c"
+    assert cut_at("a", []) == "a"

@@ -1,0 +1,83 @@
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from polyglu.errors import PolygluError
+from polyglu.evaluation.perplexity import perplexity
+from polyglu.inference import Inference
+
+
+def measure(opened: Inference, source: Path, max_tokens: int = 10_000, batch_size: int = 3) -> dict[str, Any]:
+    return perplexity(opened.model, opened.tokenizer, opened.tau, source, max_tokens=max_tokens, batch_size=batch_size)
+
+
+def write_texts(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def test_equals_a_plain_loop_over_documents(opened: Inference, run: Any, tmp_path: Path) -> None:
+    texts = [*run.texts, "née 日本", ""]
+    nats, n_tokens = 0.0, 0
+    for text in texts[:-1]:
+        tokens = [opened.tokenizer.eos_id, *opened.tokenizer.encode(text)]
+        with torch.inference_mode():
+            logits = opened.model(torch.tensor([tokens[:-1]]), tau=opened.tau)[0]
+        nats += float(F.cross_entropy(logits, torch.tensor(tokens[1:]), reduction="sum"))
+        n_tokens += len(tokens) - 1
+    source = write_texts(tmp_path / "texts.jsonl", texts)
+    for batch_size in (1, 7):
+        found = measure(opened, source, batch_size=batch_size)
+        assert found["perplexity"] == pytest.approx(math.exp(nats / n_tokens), rel=1e-4)
+        assert (found["tokens"], found["documents"]) == (n_tokens, len(run.texts) + 1)
+        n_bytes = sum(len(text.encode()) for text in texts)
+        assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-4)
+
+
+def test_chunks_give_what_their_texts_give(
+    opened: Inference, run: Any, tmp_path: Path, write_source: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("polyglu.evaluation.perplexity.READ_TOKENS", 10)  # documents span several reads
+    texts = [*run.texts, "Question: 1 + 1 =\n" * 30]
+    ids = [token for text in texts for token in (*opened.tokenizer.encode(text), opened.tokenizer.eos_id)]
+    folder = write_source(
+        tmp_path / "chunks", ids, vocab_size=300, chunk_tokens=37, fingerprint=opened.tokenizer.fingerprint
+    )
+    expected = measure(opened, write_texts(tmp_path / "texts.jsonl", texts))
+    del expected["bits_per_byte"]
+    assert measure(opened, folder) == pytest.approx(expected)
+
+
+def test_reads_whole_documents_until_it_has_enough(opened: Inference, run: Any, tmp_path: Path) -> None:
+    source = write_texts(tmp_path / "texts.jsonl", list(run.texts))
+    found = measure(opened, source, max_tokens=len(opened.tokenizer.encode(run.texts[0])) + 1)
+    assert found["documents"] == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"text": "a"}\nnot json\n', "line 2"),
+        ('{"body": "a"}\n', "'text'"),
+        ('{"text": 3}\n', "'text'"),
+        ("", "no text"),
+    ],
+)
+def test_bad_files_are_named(opened: Inference, tmp_path: Path, content: str, said: str) -> None:
+    source = tmp_path / "bad.jsonl"
+    source.write_text(content)
+    with pytest.raises(PolygluError, match=f"bad.jsonl.*{said}"):
+        measure(opened, source)
+
+
+def test_missing_source_and_chunks_of_another_tokenizer(opened: Inference, tmp_path: Path, write_source: Any) -> None:
+    with pytest.raises(PolygluError, match="nowhere.jsonl does not exist"):
+        measure(opened, tmp_path / "nowhere.jsonl")
+    folder = write_source(tmp_path / "chunks", [5, 6, 0], vocab_size=300)
+    with pytest.raises(PolygluError, match="was tokenised with 'test'"):
+        measure(opened, folder)

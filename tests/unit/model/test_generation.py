@@ -1,0 +1,124 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polyglu.model.architecture import PolychromaticLM
+from polyglu.model.config import ModelConfig
+from polyglu.model.generation import choose_tokens, generate, groups_of_tokens, next_token_logits
+from polyglu.model.model import create_model
+
+TAU = 0.3
+SHAPE = {"vocab_size": 50, "d_model": 16, "d_ff": 24, "n_layers": 2, "n_q_heads": 2, "n_kv_heads": 1, "head_dim": 8}
+PROMPTS = [[3, 1, 4, 1, 5], [17], [2, 6, 5, 3, 5, 8, 9, 7, 9], [33, 20], [7, 40, 1]]
+
+
+def make_model(scope: str, seq_length: int = 32) -> PolychromaticLM:
+    model = create_model(ModelConfig(**SHAPE, seq_length=seq_length, routing_scope=scope), seed=3).eval()
+    with torch.no_grad():  # larger weights and preferences: routing and attention matter, and no two logits are near
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(5 if name.startswith("embed") else 30)
+            if name.endswith("alpha"):
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def continue_alone(model: PolychromaticLM, prompt: list[int], n: int) -> list[int]:
+    """The plain loop: one prompt, all positions, the likeliest token."""
+    tokens = list(prompt)
+    with torch.inference_mode():
+        for _ in range(n):
+            tokens.append(int(model(torch.tensor([tokens]), tau=TAU)[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("scope", ["causal", "document"])
+def test_a_batch_of_any_lengths_equals_the_plain_loop(scope: str) -> None:
+    model = make_model(scope)
+    expected = [continue_alone(model, prompt, 8) for prompt in PROMPTS]
+    assert len({tuple(row) for row in expected}) == len(PROMPTS)
+    for max_tokens in (1, 12, 10_000):
+        found = generate(model, PROMPTS, max_new_tokens=8, tau=TAU, eos_ids=(), max_tokens=max_tokens)
+        assert found == expected
+
+
+def test_draws_do_not_depend_on_the_other_rows() -> None:
+    model = make_model("causal")
+    settings = {"max_new_tokens": 6, "tau": TAU, "eos_ids": (), "temperature": 1.5, "top_p": 0.9}
+    together = generate(model, PROMPTS, seed=7, **settings)
+    alone = [generate(model, [prompt], seed=7 + row, **settings)[0] for row, prompt in enumerate(PROMPTS)]
+    assert together == alone
+    assert together == generate(model, PROMPTS, seed=7, **settings)
+    assert together != generate(model, PROMPTS, seed=8, **settings)
+
+
+def test_end_token_ends_only_its_row_and_is_not_returned() -> None:
+    model = make_model("causal")
+    free = generate(model, PROMPTS, max_new_tokens=8, tau=TAU, eos_ids=())
+    end = free[0][3]
+    found = generate(model, PROMPTS, max_new_tokens=8, tau=TAU, eos_ids=[end])
+    assert found == [row[: row.index(end)] if end in row else row for row in free]
+    assert len(found[0]) <= 3 and any(len(row) == 8 for row in found)
+
+
+def test_stop_rule_ends_a_row_after_the_token_that_fulfils_it() -> None:
+    model = make_model("causal")
+    free = generate(model, PROMPTS, max_new_tokens=8, tau=TAU, eos_ids=())
+    found = generate(model, PROMPTS, max_new_tokens=8, tau=TAU, eos_ids=(), stop=lambda new: len(new) == 3)
+    assert found == [row[:3] for row in free]
+
+
+def test_finished_rows_are_not_run_again_and_a_forward_pass_is_bounded() -> None:
+    model = make_model("causal")
+    sizes: list[int] = []
+    model.embed_tokens.register_forward_hook(lambda _module, inputs, _output: sizes.append(inputs[0].numel()))
+    generate(model, [[1, 2], [3] * 9], max_new_tokens=3, tau=TAU, eos_ids=(), stop=lambda new: True)
+    assert sizes == [11]
+    sizes.clear()
+    generate(model, PROMPTS, max_new_tokens=4, tau=TAU, eos_ids=(), max_tokens=14)
+    assert max(sizes) <= 14
+
+
+def test_rows_end_at_seq_length() -> None:
+    model = make_model("causal", seq_length=10)
+    found = generate(model, PROMPTS, max_new_tokens=100, tau=TAU, eos_ids=())
+    # The last token comes from a full row of 10 positions.
+    assert [len(prompt) + len(row) for prompt, row in zip(PROMPTS, found, strict=True)] == [11] * len(PROMPTS)
+
+
+@pytest.mark.parametrize("prompt", [[], [1] * 11])
+def test_prompts_that_cannot_run_are_refused(prompt: list[int]) -> None:
+    with pytest.raises(ValueError, match="seq_length"):
+        generate(make_model("causal", seq_length=10), [[1], prompt], max_new_tokens=1, tau=TAU, eos_ids=())
+
+
+def test_sequence_scope_is_refused() -> None:
+    with pytest.raises(ValueError, match="scope"):
+        next_token_logits(make_model("sequence"), [[1, 2]], TAU)
+
+
+def test_draws_follow_the_probabilities_and_top_p() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
+    generators = [torch.Generator().manual_seed(row) for row in range(4000)]
+    shares = torch.bincount(torch.tensor(choose_tokens(logits, generators, 1.0)), minlength=4) / 4000
+    assert torch.allclose(shares, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03)
+    shares = torch.bincount(torch.tensor(choose_tokens(logits, generators, 1.0, 0.7)), minlength=4) / 4000
+    assert torch.allclose(shares, torch.tensor([0.625, 0.375, 0.0, 0.0]), atol=0.03)
+    assert set(choose_tokens(logits, generators, 1.0, 0.0)) == {0}
+    assert set(choose_tokens(logits, generators, 0.0)) == {0}
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), max_size=30),
+    max_tokens=st.integers(1, 20),
+    max_rows=st.none() | st.integers(1, 5),
+)
+def test_groups_hold_every_row_once_in_order_within_the_bounds(
+    lengths: list[int], max_tokens: int, max_rows: int | None
+) -> None:
+    groups = [list(range(len(lengths))[group]) for group in groups_of_tokens(lengths, max_tokens, max_rows)]
+    assert [row for group in groups for row in group] == list(range(len(lengths)))
+    for group in groups:
+        assert 1 <= len(group) <= (max_rows or len(lengths))
+        assert len(group) == 1 or sum(lengths[row] for row in group) <= max_tokens
