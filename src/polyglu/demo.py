@@ -8,7 +8,6 @@ other bytes. Training and fine-tuning run as the same commands that a person wou
 
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -92,8 +91,6 @@ def main(
 ) -> None:
     """Run the whole system on embedded data, on the CPU."""
     configure_logging()
-    # Two workers that wait actively for each other would stall whenever the machine is busy with something else.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     run_demo(DemoPaths(output, configs))
 
 
@@ -225,7 +222,7 @@ def _report(paths: DemoPaths) -> None:
         metrics=_rows(paths.root / "metrics.jsonl"),
         sft_metrics=_rows(paths.root / "sft/metrics.jsonl"),
         figures=[paths.root / "figures" / name for name in _figure_names() if name.endswith(".png")],
-        samples=[sample for name in ("pretrain", "sft") for sample in _samples(read_json(paths.results(name)))],
+        samples=[sample for name in ("pretrain", "sft") for sample in _samples(name, read_json(paths.results(name)))],
         results={name: read_json(paths.results(name)) for name in ("pretrain", "sft")},
         settings=_settings(paths.root / "config.yaml"),
         versions=read_json(paths.results("sft"))["versions"],
@@ -284,8 +281,8 @@ def _accuracy(paths: DemoPaths, name: str) -> dict[str, float]:
     return {key.partition(",")[0]: value for key, value in metrics.items()}
 
 
-def _samples(results: dict[str, Any]) -> list[dict[str, Any]]:
-    return [sample for samples in results["samples"].values() for sample in samples]
+def _samples(name: str, results: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"model": name, **sample} for samples in results["samples"].values() for sample in samples]
 
 
 def _figure_names() -> tuple[str, ...]:

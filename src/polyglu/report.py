@@ -56,9 +56,10 @@ td.text { min-width: 14rem }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem }
 figure { margin: 1rem 0 } .curves figure { margin: 0 }
 figure img { width: 100%; display: block; background: #fff; border-radius: .4rem; padding: .4rem }
-figure.wide > img { min-width: 44rem } 
+figure.wide > img { min-width: 44rem }
 .curves figure.wide > img { min-width: 0 }
-details { background: var(--box); border-radius: .4rem; padding: .6rem 1rem; margin: .7rem 0 } summary { cursor: pointer }
+details { background: var(--box); border-radius: .4rem; padding: .6rem 1rem; margin: .7rem 0 }
+summary { cursor: pointer }
 """
 
 
@@ -158,8 +159,8 @@ def _sample_table(samples: Sequence[Mapping[str, Any]]) -> str:
         texts = "".join(f'<td class="text">{escape(str(sample[key]))}</td>' for key in ("prompt", "output", "target"))
         right = any(value >= 1 for value in sample["metrics"].values())
         verdict = '<td class="good">✓ right</td>' if right else '<td class="bad">✗ wrong</td>'
-        rows.append(f"<tr><td>{escape(sample.get('model', ''))}</td>{texts}{verdict}</tr>")
-    return _table(["model", "prompt", "output", "expected", ""], rows)
+        rows.append(f"<tr><td>{escape(sample.get('model', ''))}</td>{verdict}{texts}</tr>")
+    return _table(["model", "", "prompt", "output", "expected"], rows)
 
 
 def _row(name: str, numbers: Sequence[str]) -> str:

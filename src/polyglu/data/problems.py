@@ -145,14 +145,13 @@ def _steps(first: int, operator: str, second: int) -> str:
     if operator == "+":
         ones = first % 10 + second % 10
         tens = first // 10 + second // 10 + ones // 10
-        return f"{first % 10} + {second % 10} = {ones:02d}, {first // 10} + {second // 10} + {ones // 10} = {tens:02d}"
+        return f"{first % 10}+{second % 10}={ones:02d}, {first // 10}+{second // 10}+{ones // 10}={tens:02d}"
     larger, smaller = max(first, second), min(first, second)
     borrow = int(larger % 10 < smaller % 10)
     ones = larger % 10 + 10 * borrow - smaller % 10
     tens = larger // 10 - smaller // 10 - borrow
-    order = f"{first} {'<' if first < second else '>='} {second}"
-    columns = f"{borrow}{larger % 10} - {smaller % 10} = {ones}, {larger // 10} - {smaller // 10} - {borrow} = {tens}"
-    return f"{order}: {columns}"
+    order = f"{first}{'<' if first < second else '>='}{second}"
+    return f"{order}, {borrow}{larger % 10}-{smaller % 10}={ones}, {larger // 10}-{smaller // 10}-{borrow}={tens}"
 
 
 def _entries(name: str, seed: int, **settings: Any) -> Iterator[dict[str, Any]]:

@@ -68,7 +68,9 @@ def _write_documents(writer: ChunkWriter, stream: Iterator[Row], source: TextSou
     what = source.dataset or ", ".join(source.files)
     with _progress() as progress:
         task = progress.add_task(f"tokenise {what}", total=source.max_tokens, completed=writer.tokens, rate="")
-        for batch in _batches(stream, source.text_field, what):
+        if not writer.rows:
+            stream = _check_field(stream, source.text_field, what)
+        for batch in _batches(stream, source.text_field):
             within_budget = _write_batch(writer, batch, source.max_tokens, tokenizer)
             speed = progress.tasks[task].speed
             progress.update(task, completed=writer.tokens, rate=f"{speed:,.0f} tokens/s" if speed else "")
@@ -96,14 +98,17 @@ def _write_batch(writer: ChunkWriter, batch: Batch, budget: int | None, tokenize
     return True
 
 
-def _batches(stream: Iterator[Row], text_field: str, what: str) -> Iterator[Batch]:
-    """Group rows into batches; the first row tells whether the source has the field."""
+def _check_field(stream: Iterator[Row], text_field: str, what: str) -> Iterator[Row]:
+    """Return the same rows after a look at the first one, which must have the field."""
     first = next(stream, None)
     if first is None:
-        return
+        return stream
     if text_field not in first:
         raise PolygluError(f"{what} has no field '{text_field}'; its fields are {', '.join(first)}: set text_field.")
-    stream = chain([first], stream)
+    return chain([first], stream)
+
+
+def _batches(stream: Iterator[Row], text_field: str) -> Iterator[Batch]:
     while batch := list(islice(stream, BATCH_ROWS)):
         yield [_text_or_skip(row.get(text_field)) for row in batch]
 

@@ -33,6 +33,8 @@ from polyglu.model.config import RoutingScope
 
 KEPT_SAMPLES = 5
 """Samples of each task that the results keep."""
+VERDICTS = ("exact_match", "math_verify", "acc")
+"""Metrics that say whether a sample is answered correctly, the first one that a task has."""
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "lm_eval", "polyglu")
 _SEES_AHEAD = (
     "routing sees the whole {}, later tokens included: log-likelihoods and perplexities are not those of a language "
@@ -80,7 +82,7 @@ def evaluate_checkpoint(settings: EvalSettings) -> dict[str, Any]:
     Returns:
         Plain values, ready for JSON: ``settings``, ``versions``, ``checkpoint``, ``routing_scope``, ``results`` (per
         task or group: metrics with standard errors, ``n_samples``, ``num_fewshot``), ``samples`` (per task: prompt,
-        output, target, metrics), ``perplexity`` (per source), ``seconds``, ``finished_at``.
+        output, target, correct or not), ``perplexity`` (per source), ``seconds``, ``finished_at``.
 
     Raises:
         PolygluError: nothing to evaluate, bad checkpoint or tokenizer, unknown task, or data out of reach.
@@ -155,12 +157,14 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
 
 def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
     arguments, responses = sample["arguments"], sample["resps"]
+    verdict = next((sample[metric] for metric in VERDICTS if metric in sample["metrics"]), None)
     kept = {
         "prompt": arguments[0][0],
         "output": responses[0][0] if len(responses) == 1 else [response[0] for response in responses],
         "extracted": sample["filtered_resps"],
         "target": sample["target"],
         "filter": sample["filter"],
+        "correct": None if verdict is None else bool(verdict),
         "metrics": {metric: sample[metric] for metric in sample["metrics"]},
     }
     return {key: _plain(value) for key, value in kept.items()}

@@ -23,7 +23,7 @@ from polyglu.interpretability.neurotransmitter_maps import (
 )
 from polyglu.model.activations import ACTIVATIONS
 
-NO_PREFERENCE = ("no preference", "#f3f3f3")
+NO_PREFERENCE = ("no preference", "#ebebeb")
 SERIES_COLOURS = ("#222222", "#b5541c", "#6741d9", "#0b7285")
 MARKERS = ("o", "s", "^", "D")
 GREY, FAINT = "#666666", "#cccccc"
@@ -158,7 +158,9 @@ def dynamic_routing_comparison(kinds: Sequence[str], prompt_logits: Tensor, shar
         caption: printed below.
     """
     n_layers, n_activations = shares.shape[1:]
-    figure, body = _figure("Dynamic routing by kind of input", max(7.0, 1.2 + max(2.7, 0.06 * n_layers) * n_activations), 6.6, caption)
+    figure, body = _figure(
+        "Dynamic routing by kind of input", max(7.0, 1.2 + max(2.7, 0.06 * n_layers) * n_activations), 6.6, caption
+    )
     panels = body.subplots(2, n_activations, sharex=True, sharey="row", squeeze=False)
     layers = range(n_layers)
     for k, (activation, (upper, lower)) in enumerate(zip(ACTIVATIONS[:n_activations], panels.T, strict=True)):

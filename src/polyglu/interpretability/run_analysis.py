@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -83,8 +82,7 @@ def analyze_checkpoint(checkpoint: Path, output: Path, tokenizer: str | None = N
     opened = open_for_inference(checkpoint, tokenizer)
     analysis = analyze(opened.model, opened.tokenizer, opened.tau)
     stats = make_stats(analysis, checkpoint, opened)
-    figures = draw(analysis, _describe(checkpoint, opened))
-    images = {name: plotting.to_png(figure) for name, figure in figures.items()}
+    images = draw(analysis, _describe(checkpoint, opened))
     for name, image in images.items():
         write_atomically(output / name, lambda file, image=image: file.write(image))  # type: ignore[misc]
     write_json(output / STATS_FILE, stats)
@@ -130,8 +128,8 @@ def make_stats(analysis: Analysis, checkpoint: Path, opened: Inference) -> dict[
     }
 
 
-def draw(analysis: Analysis, description: str) -> dict[str, Figure]:
-    """File name -> figure; ``description`` of the checkpoint is printed below each."""
+def draw(analysis: Analysis, description: str) -> dict[str, bytes]:
+    """File name -> PNG image; ``description`` of the checkpoint is printed below each."""
     routing, maximum = analysis.routing, analysis.max_entropy
     undecided = 1 - has_preference(analysis.static).double().mean().item()
     static_note = (
@@ -150,7 +148,7 @@ def draw(analysis: Analysis, description: str) -> dict[str, Figure]:
     sensitivity, baseline = gate_sensitivity(routing.prompt_logits), shift_within_kinds(routing.weights)
     text = of_text + description
     maps = (analysis.static, analysis.effective, static_note + text)
-    return {
+    figures = {
         "neurotransmitter_heatmap.png": plotting.neurotransmitter_heatmap(*maps),
         "layer_distribution.png": plotting.layer_distribution(*maps),
         "entropy_per_layer.png": plotting.entropy_per_layer(entropies, maximum, static_note + text),
@@ -160,6 +158,7 @@ def draw(analysis: Analysis, description: str) -> dict[str, Figure]:
         ),
         "routing_shift_summary.png": plotting.routing_shift_summary(sensitivity, shifts, baseline, of_halves + text),
     }
+    return {name: plotting.to_png(figure) for name, figure in figures.items()}
 
 
 def main(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from polyglu.model.activations import ACTIVATIONS
 from polyglu.model.config import RoutingScope
+from polyglu.model.kernels.cpu import ChunkedMixture
 from polyglu.model.packing import Packing
 
 
@@ -34,9 +35,9 @@ def _running_mean(x: Tensor, dim: int) -> Tensor:
 
 
 def mix_activations(gate: Tensor, neuron_logits: Tensor, token_logits: Tensor, tau: float) -> Tensor:
-    """sum_k softmax_k((neuron + token logits) / tau) * activation_k(gate).
+    """sum_k softmax_k((neuron + token logits) / tau) * activation_k(gate), the softmax in fp32.
 
-    The softmax is computed in fp32, one activation at a time; nothing of size ``[T, F, K]`` is made.
+    On the CPU in chunks that stay in the cache (``kernels.cpu``), elsewhere as ``mix_reference``.
 
     Args:
         gate: ``[B, T, F]``.
@@ -47,6 +48,14 @@ def mix_activations(gate: Tensor, neuron_logits: Tensor, token_logits: Tensor, t
     Returns:
         ``[B, T, F]`` in the dtype of ``gate``.
     """
+    if gate.device.type == "cpu":
+        neuron, token = _activations_first(neuron_logits / tau), _activations_first(token_logits / tau)
+        return ChunkedMixture.apply(gate, neuron, token)  # type: ignore[no-any-return]
+    return mix_reference(gate, neuron_logits, token_logits, tau)
+
+
+def mix_reference(gate: Tensor, neuron_logits: Tensor, token_logits: Tensor, tau: float) -> Tensor:
+    """Readable form of ``mix_activations``, one activation at a time."""
     weights = routing_weights(neuron_logits, token_logits, tau)
     mixed = sum(weight * activation.function(gate) for weight, activation in zip(weights, ACTIVATIONS, strict=False))
     assert isinstance(mixed, Tensor)
@@ -55,13 +64,18 @@ def mix_activations(gate: Tensor, neuron_logits: Tensor, token_logits: Tensor, t
 
 def routing_weights(neuron_logits: Tensor, token_logits: Tensor, tau: float) -> list[Tensor]:
     """Softmax over K of the full logits: K tensors ``[B, S, F]`` of fp32 weights that sum to 1."""
-    neuron, token = neuron_logits / tau, token_logits / tau
-    logits = [neuron[:, None, :, k] + token[:, :, None, k] for k in range(token.shape[-1])]
+    neuron, token = _activations_first(neuron_logits / tau), _activations_first(token_logits / tau)
+    logits = [ours[:, None, :] + shared[:, :, None] for ours, shared in zip(neuron, token, strict=True)]
     # The largest logit is subtracted as a constant: it cancels, so it needs no gradient.
     largest = reduce(torch.maximum, [logit.detach() for logit in logits])
     exponentials = [torch.exp(logit - largest) for logit in logits]
     total = sum(exponentials)
     return [exponential / total for exponential in exponentials]
+
+
+def _activations_first(logits: Tensor) -> Tensor:
+    """``[..., K]`` -> contiguous ``[K, ...]``: each activation's logits side by side in memory."""
+    return logits.movedim(-1, 0).contiguous()
 
 
 def gumbel_noise(seed: int, sample_ids: Tensor, n_layers: int, d_ff: int, n_activations: int) -> Tensor:
@@ -83,8 +97,12 @@ def gumbel_noise(seed: int, sample_ids: Tensor, n_layers: int, d_ff: int, n_acti
     samples = _hash(sample_ids + _hash(torch.tensor(seed, device=device)))  # [B]
     key = _hash(samples + torch.arange(n_layers, device=device)[:, None])  # [L, B]
     counters = _hash(key[..., None] + torch.arange(d_ff * n_activations, device=device))  # [L, B, F * K]
-    uniform = ((counters & 0xFFFFFF).float() + 0.5) * 2.0**-24  # 24 bits: never 0 or 1
-    return -torch.log(-torch.log(uniform)).unflatten(-1, (d_ff, n_activations))
+    return -torch.log(-torch.log(_uniform(counters))).unflatten(-1, (d_ff, n_activations))
+
+
+def _uniform(bits: Tensor) -> Tensor:
+    """fp32 numbers strictly between 0 and 1 from random int64 values: 23 bits and a half, which fp32 holds exactly."""
+    return ((bits & 0x7FFFFF).float() + 0.5) * 2.0**-23
 
 
 def _hash(x: Tensor) -> Tensor:

@@ -110,6 +110,27 @@ def test_interrupted_anywhere_it_ends_with_the_same_bytes(
     assert content(tmp_path / "broken") == content(tmp_path / "whole")
 
 
+def test_continuation_may_begin_at_a_row_without_the_field(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "a.jsonl"
+    text.write_text('{"text": "one"}\n{"body": "x"}\n{"text": "two and more"}\n')
+    chunk_tokens, replace, writes = len(tokenizer.encode("one")) + 1, os.replace, 0
+
+    def mortal(*arguments: Any) -> None:
+        nonlocal writes
+        writes += 1
+        if writes == 4:  # manifest, first chunk, manifest, second chunk
+            raise Death
+        replace(*arguments)
+
+    monkeypatch.setattr(files.os, "replace", mortal)
+    with pytest.raises(Death):
+        tokenize_source(source_of(text, tmp_path / "out"), tokenizer, chunk_tokens)
+    manifest = tokenize_source(source_of(text, tmp_path / "out"), tokenizer, chunk_tokens)
+    assert (manifest["documents"], manifest["skipped"]) == (2, {"not_text": 1})
+
+
 def test_killed_process_continues_with_the_same_bytes(text_file: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "bpe")
     text = tmp_path / "big.jsonl"

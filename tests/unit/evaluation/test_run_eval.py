@@ -54,6 +54,7 @@ def test_generated_answers_are_scored_exactly(run: Any) -> None:
     sample = results["samples"]["demo_arithmetic"][0]
     assert sample["prompt"] == "Question: 3 + 4 =\nAnswer:" and sample["target"] == "7"
     assert sample["output"] == " 7\n#### 7" and sample["metrics"] == {"exact_match": 1.0}
+    assert [sample["correct"] for sample in results["samples"]["demo_arithmetic"]] == [True] * 5
 
 
 def test_conversations_are_scored_for_a_fine_tuned_checkpoint(run: Any) -> None:

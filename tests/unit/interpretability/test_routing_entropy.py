@@ -7,7 +7,10 @@ import torch
 
 from polyglu.interpretability.neurotransmitter_maps import stack_alpha
 from polyglu.interpretability.routing_entropy import entropy_stats
+from polyglu.model.model import load_checkpoint
 from polyglu.model.routing import static_entropy
+
+FIXTURE = Path(__file__).parents[2] / "fixtures/reference_model"
 
 
 def test_known_values() -> None:
@@ -32,3 +35,12 @@ def test_a_single_layer_of_the_whole_equals_the_aggregate() -> None:
     stats = entropy_stats(entropies, 4)
     assert stats["aggregate_mean"] == pytest.approx(stats["per_layer_mean"][0])
     assert stats["aggregate_std"] == pytest.approx(stats["per_layer_std"][0])
+
+
+def test_published_numbers_of_the_reference_model() -> None:
+    expected = json.loads((FIXTURE / "expected.json").read_text())["entropy_stats"]
+    model, _, _ = load_checkpoint(FIXTURE / "portable.pt")
+    stats = entropy_stats(static_entropy(stack_alpha(model)), 4)
+    assert stats.keys() == expected.keys()
+    for key, value in expected.items():
+        assert stats[key] == pytest.approx(value, rel=1e-6), key

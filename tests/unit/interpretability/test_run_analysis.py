@@ -1,0 +1,134 @@
+import hashlib
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.image import imread
+
+from polyglu.data.tokenizer import Tokenizer, train_bpe
+from polyglu.errors import PolygluError
+from polyglu.interpretability.run_analysis import analyze, analyze_checkpoint
+from polyglu.model.config import ModelConfig
+from polyglu.model.model import create_model, load_checkpoint, save_portable
+
+FILES = {
+    "neurotransmitter_heatmap.png",
+    "layer_distribution.png",
+    "entropy_per_layer.png",
+    "entropy_histogram.png",
+    "dynamic_routing_comparison.png",
+    "routing_shift_summary.png",
+    "entropy_stats.json",
+}
+SHAPE = {"d_model": 8, "d_ff": 7, "n_layers": 1, "n_q_heads": 2, "n_kv_heads": 1, "head_dim": 4, "seq_length": 32}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return train_bpe(["one two three"], 260, tmp_path_factory.mktemp("tokenizer"))
+
+
+def save_checkpoint(path: Path, tokenizer: Tokenizer, alpha: float = 1.0, tau: float = 0.1, **changes: Any) -> Path:
+    shape = {**SHAPE, "vocab_size": tokenizer.vocab_size, "routing_scope": "causal", **changes}
+    config = ModelConfig.model_validate(shape)
+    model = create_model(config)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("alpha"):
+            parameter.data = torch.randn(parameter.shape, generator=generator) * alpha
+    save_portable(path, model.state_dict(), config, 12, tau, tokenizer.identity())
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_activations": 1},
+        {"n_activations": 6, "n_layers": 3, "routing_scope": "sequence"},
+        {"d_ff": 1, "n_activations": 2},
+        {"n_layers": 40, "routing_scope": "document"},
+        {"d_ff": 5000},
+    ],
+)
+def test_seven_files_for_any_shape(tmp_path: Path, tokenizer: Tokenizer, changes: dict[str, Any]) -> None:
+    checkpoint = save_checkpoint(tmp_path / "model.pt", tokenizer, **changes)
+    stats = analyze_checkpoint(checkpoint, tmp_path / "figures")
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == FILES
+    for path in map(Path, stats.pop("figures")):
+        image = imread(path)
+        assert image.shape[1] > 900
+        assert image[..., :3].std() > 0.05
+    written = json.loads((tmp_path / "figures/entropy_stats.json").read_text(), parse_constant=pytest.fail)
+    assert written == stats
+    config = ModelConfig.model_validate({**SHAPE, **changes})
+    assert len(stats["per_layer_mean"]) == len(stats["static_shares"]) == config.n_layers
+    assert stats["max_entropy"] == math.log(config.n_activations)
+    for shares in (*stats["static_shares"], *stats["effective_shares"]):
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_stats_identify_the_checkpoint(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    checkpoint = save_checkpoint(tmp_path / "model.pt", tokenizer, routing_scope="sequence")
+    stats = analyze_checkpoint(checkpoint, tmp_path / "figures")
+    assert stats["checkpoint"] == {
+        "path": str(checkpoint),
+        "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "step": 12,
+        "tau": 0.1,
+    }
+    assert stats["routing_scope"] == "sequence"
+
+
+def test_untrained_alpha_is_called_no_preference(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    checkpoint = save_checkpoint(tmp_path / "model.pt", tokenizer, alpha=0.001)
+    stats = analyze_checkpoint(checkpoint, tmp_path / "figures")
+    assert stats["without_static_preference"] == 1
+    assert stats["static_shares"] == [{"ReLU": 0, "Tanh": 0, "SiLU": 0, "GELU": 0, "no preference": 1}]
+
+
+def test_effective_routing_follows_tau(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    means = []
+    for tau in (1.0, 0.1):
+        checkpoint = save_checkpoint(tmp_path / f"{tau}.pt", tokenizer, tau=tau)
+        model, _, loaded_tau = load_checkpoint(checkpoint)
+        analysis = analyze(model, tokenizer, loaded_tau)
+        means.append(analysis.entropies["effective"].mean())
+        # The untrained router says next to nothing, so that only alpha is left.
+        torch.testing.assert_close(analysis.entropies["dynamic"], analysis.entropies["static"], atol=0.05, rtol=0)
+    assert means[1] < means[0] / 2
+
+
+def test_no_routing_is_refused_and_nothing_written(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    checkpoint = save_checkpoint(tmp_path / "model.pt", tokenizer, ffn="swiglu")
+    with pytest.raises(PolygluError, match="swiglu"):
+        analyze_checkpoint(checkpoint, tmp_path / "figures")
+    assert not (tmp_path / "figures").exists()
+
+
+def test_output_that_is_a_file_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    output = tmp_path / "figures"
+    output.write_text("mine")
+    with pytest.raises(PolygluError, match="is a file"):
+        analyze_checkpoint(save_checkpoint(tmp_path / "model.pt", tokenizer), output)
+    assert output.read_text() == "mine"
+
+
+def test_command_says_in_one_sentence_what_is_missing(tmp_path: Path) -> None:
+    command = [
+        "-m",
+        "polyglu.interpretability.run_analysis",
+        "--checkpoint",
+        "none.pt",
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: checkpoint none.pt does not exist")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "o").exists()
