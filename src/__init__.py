@@ -1,4 +1,4 @@
-"""``src.X`` is ``polyglu.X``: the commands ``python -m src.training.train`` and imports ``from src.model…`` of the guide.
+"""``src.X`` is ``polyglu.X``, for commands like ``python -m src.training.train`` and imports ``from src.model…``.
 
 The same module objects under a second name; no class exists twice.
 """

@@ -45,7 +45,9 @@ def write_token_source(
     return folder
 
 
-def random_documents(rng: np.random.Generator, n_tokens: int, vocab_size: int = 64, mean_length: int = 20) -> np.ndarray:
+def random_documents(
+    rng: np.random.Generator, n_tokens: int, vocab_size: int = 64, mean_length: int = 20
+) -> np.ndarray:
     """Tokens ``[n_tokens]`` of documents of random lengths, EOS after each. Each token depends on the one before."""
     steps = rng.integers(1, 4, n_tokens)
     tokens = np.cumsum(steps) % (vocab_size - 1) + 1

@@ -132,7 +132,9 @@ def make_stages(paths: DemoPaths) -> list[Stage]:
         Stage("sft", [sft_config, paths.base, paths.raw / "sft.jsonl"], [paths.tuned], lambda: _sft(paths, sft_config)),
         Stage("evaluate", [paths.base, paths.tuned, test, *heldout], results, lambda: _evaluate(paths)),
         Stage("analyze", [paths.base], [figures / name for name in _figure_names()], lambda: _analyze(paths)),
-        Stage("report", [*results, figures / "entropy_stats.json"], [paths.root / "report.html"], lambda: _report(paths)),
+        Stage(
+            "report", [*results, figures / "entropy_stats.json"], [paths.root / "report.html"], lambda: _report(paths)
+        ),
     ]
 
 

@@ -28,7 +28,12 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
 @pytest.fixture
 def values(tmp_path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     rows = [
-        {"messages": [{"role": "user", "content": f"what is {a} + {b} ?"}, {"role": "assistant", "content": str(a + b)}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"what is {a} + {b} ?"},
+                {"role": "assistant", "content": str(a + b)},
+            ]
+        }
         for a in range(10)
         for b in range(6)
     ]
@@ -106,9 +111,7 @@ def loader(values: dict[str, Any], tokenizer: Tokenizer, rank: int, world_size: 
     )
 
 
-def test_any_number_of_ranks_trains_the_same_tokens_once_an_epoch(
-    values: dict[str, Any], tokenizer: Tokenizer
-) -> None:
+def test_any_number_of_ranks_trains_the_same_tokens_once_an_epoch(values: dict[str, Any], tokenizer: Tokenizer) -> None:
     def trained(loaders: list[PackLoader], step: int) -> list[int]:
         batches = [batch for one in loaders for batch in one.step(step)]
         return sorted(int(target) for batch in batches for target in batch.targets.flatten() if target != IGNORED)

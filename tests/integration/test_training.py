@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-
 from conftest import random_documents, write_token_source
+
 from polyglu.config_file import validate
 from polyglu.errors import PolygluError
 from polyglu.model.config import TrainConfig
@@ -141,7 +141,9 @@ def test_damaged_checkpoint_is_passed_over(values: dict[str, Any], tmp_path: Pat
 def test_resume_from_portable_keeps_weights_and_step(values: dict[str, Any], tmp_path: Path) -> None:
     train(changed(values))
     portable = tmp_path / "checkpoints/portable_step10.pt"
-    train(changed(values, resume_from=str(portable), checkpoint_dir=str(tmp_path / "other"), run_dir=str(tmp_path / "r2")))
+    train(
+        changed(values, resume_from=str(portable), checkpoint_dir=str(tmp_path / "other"), run_dir=str(tmp_path / "r2"))
+    )
     assert [row["step"] for row in metrics(tmp_path / "r2")] == list(range(11, 21))
 
 

@@ -34,7 +34,10 @@ def write(folder: Path, text: str) -> Path:
         ("model: {head_dim: 7}", r"head_dim must be even"),
         ("model: {n_activations: 7}", r"model.n_activations"),
         ("model: {routing_scope: casual}", r"model.routing_scope: .*'causal'"),
-        ("data: {sources: {a: {path: x, mix: 0.5, mix_end: 1}}}", r"'mix' of all sources must sum to 1, they sum to 0.5"),
+        (
+            "data: {sources: {a: {path: x, mix: 0.5, mix_end: 1}}}",
+            r"'mix' of all sources must sum to 1, they sum to 0.5",
+        ),
         ("data: {sources: {a: {path: x, mix: 1, mix_end: 0.9}}}", r"'mix_end' of all sources must sum to 1"),
         ("data: {sources: {}}", r"data.sources"),
         ("data: {sources: {a: {mix: 1, mix_end: 1}}}", r"data.sources.a.path: Field required"),

@@ -45,7 +45,7 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The batch on a device; ``cu_seqlens`` stays, for it is read by the host."""
-        tensors = (self.input_ids, self.targets, self.sample_ids)
+        tensors: tuple[Tensor, ...] = (self.input_ids, self.targets, self.sample_ids)
         if device.type == "cuda":
             tensors = tuple(tensor.pin_memory() for tensor in tensors)
         input_ids, targets, sample_ids = (tensor.to(device, non_blocking=True) for tensor in tensors)

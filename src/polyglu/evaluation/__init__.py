@@ -1,1 +1,1 @@
-"""Evaluation: tasks of the lm-evaluation-harness and held-out perplexity."""
+"""Evaluation with lm-evaluation-harness, and held-out perplexity."""

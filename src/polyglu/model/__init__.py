@@ -1,0 +1,1 @@
+"""The model: config, architecture, routing, attention, files, generation."""

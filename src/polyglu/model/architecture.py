@@ -86,7 +86,7 @@ class GroupedQueryAttention(nn.Module):
 class Router(nn.Module):
     """f of the paper: mean of the input over the routing scope -> Linear(D, R) -> ReLU -> Linear(R, K).
 
-    The mean is taken after the first product (it is linear), so that a causal run keeps ``[T, R]`` sums, not ``[T, D]``.
+    The mean is taken after the first product, which is linear: a causal run keeps ``[T, R]`` sums, not ``[T, D]``.
     """
 
     def __init__(self, d_model: int, n_activations: int) -> None:
@@ -99,7 +99,8 @@ class Router(nn.Module):
         projected = F.linear(x, self.hidden.weight).float()  # [B, T, R]
         with torch.autocast(x.device.type, enabled=False):
             hidden = F.relu(pool(projected, scope, packing) + self.hidden.bias)  # [B, S, R]
-            return self.out(hidden)  # type: ignore[no-any-return]
+            logits: Tensor = self.out(hidden)
+            return logits
 
 
 class PolyGLU(nn.Module):
@@ -148,7 +149,8 @@ class PolyGLU(nn.Module):
 
     def token_logits(self, x: Tensor, packing: Packing) -> Tensor:
         """Part of the routing logits that all neurons share, ``beta * f(h_bar)``: fp32 ``[B, S, K]``."""
-        return self.beta.float() * self.router(x, self.routing_scope, packing)
+        logits: Tensor = self.router(x, self.routing_scope, packing)
+        return self.beta.float() * logits
 
     def combine(self, x: Tensor, token_logits: Tensor, tau: float, gumbel: Tensor | None) -> Tensor:
         """Output ``[B, T, D]`` for given token logits ``[B, S, K]`` and noise ``[B, F, K]``."""
@@ -266,8 +268,7 @@ class PolychromaticLM(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Everything but the head; arguments as in ``forward``.
 
-        Args:
-            recompute: keep only each block's input and recompute the rest in backward.
+        With ``recompute``, only the input of each block is kept, and the rest computed anew in backward.
 
         Returns:
             Normalised features ``[B, T, D]``, and the token logits ``[B, S, K]`` of each routed layer.

@@ -37,13 +37,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, use_flash: bool
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     if packing.whole_rows:
         return _sdpa_rows(q, k, v)
-    documents = zip(*(x.flatten(0, 1).split(packing.lengths) for x in (q, k, v)), strict=True)
+    documents = zip(*(torch.split(x.flatten(0, 1), list(packing.lengths)) for x in (q, k, v)), strict=True)
     return torch.cat([_sdpa_rows(*(x[None] for x in document))[0] for document in documents]).view_as(q)
 
 
 def _sdpa_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))  # [B, H or G, T, d]
-    return F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).transpose(1, 2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H or G, T, d]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
@@ -59,7 +59,9 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
         groups = q.shape[2] // k.shape[2]
         # Some releases of varlen_attn lack grouped heads: repeat keys and values instead.
         query, key, value = flat[0], *(x.repeat_interleave(groups, dim=1) for x in flat[1:])
-        out = varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=(-1, 0))
+        causal = varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=(-1, 0))
+        assert isinstance(causal, Tensor)
+        out = causal
     return out.view_as(q)
 
 

@@ -21,7 +21,7 @@ def pool(x: Tensor, scope: RoutingScope, packing: Packing) -> Tensor:
         return x.mean(1, keepdim=True)
     if packing.whole_rows:
         return _running_mean(x, dim=1)
-    documents = x.flatten(0, 1).split(packing.lengths)
+    documents = torch.split(x.flatten(0, 1), list(packing.lengths))
     if scope == "document":
         pooled = [document.mean(0, keepdim=True).expand_as(document) for document in documents]
     else:
@@ -50,7 +50,8 @@ def mix_activations(gate: Tensor, neuron_logits: Tensor, token_logits: Tensor, t
     """
     if gate.device.type == "cpu":
         neuron, token = _activations_first(neuron_logits / tau), _activations_first(token_logits / tau)
-        return ChunkedMixture.apply(gate, neuron, token)  # type: ignore[no-any-return]
+        mixed: Tensor = ChunkedMixture.apply(gate, neuron, token)  # type: ignore[no-untyped-call]
+        return mixed
     return mix_reference(gate, neuron_logits, token_logits, tau)
 
 
@@ -97,7 +98,8 @@ def gumbel_noise(seed: int, sample_ids: Tensor, n_layers: int, d_ff: int, n_acti
     samples = _hash(sample_ids + _hash(torch.tensor(seed, device=device)))  # [B]
     key = _hash(samples + torch.arange(n_layers, device=device)[:, None])  # [L, B]
     counters = _hash(key[..., None] + torch.arange(d_ff * n_activations, device=device))  # [L, B, F * K]
-    return -torch.log(-torch.log(_uniform(counters))).unflatten(-1, (d_ff, n_activations))
+    noise = -torch.log(-torch.log(_uniform(counters)))
+    return noise.view(*noise.shape[:2], d_ff, n_activations)
 
 
 def _uniform(bits: Tensor) -> Tensor:
@@ -115,7 +117,8 @@ def _hash(x: Tensor) -> Tensor:
 
 def entropy(weights: Tensor, dim: int = -1) -> Tensor:
     """Shannon entropy in nats of weights that sum to 1 along ``dim``."""
-    return torch.special.entr(weights).sum(dim)
+    nats: Tensor = torch.special.entr(weights)
+    return nats.sum(dim)
 
 
 def static_entropy(alpha: Tensor) -> Tensor:

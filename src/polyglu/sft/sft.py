@@ -16,10 +16,10 @@ from typing import Annotated
 
 import torch
 import typer
-from polyglu.data.sft_dataset import Conversations, collate_pack, load_conversations, pack
 
 from polyglu.config_file import load_config
 from polyglu.data.dataloader import IGNORED, MicroBatch
+from polyglu.data.sft_dataset import Conversations, collate_pack, load_conversations, pack
 from polyglu.data.tokenizer import Tokenizer, load_tokenizer
 from polyglu.errors import PolygluError, run_command
 from polyglu.logs import configure_logging
@@ -117,8 +117,9 @@ def check_tokenizer(base: Checkpoint, config: SFTConfig) -> Tokenizer:
     expected = base.tokenizer.get("fingerprint", tokenizer.fingerprint)
     if tokenizer.fingerprint != expected or tokenizer.vocab_size > base.config.vocab_size:
         raise PolygluError(
-            f"data.tokenizer: {config.data.tokenizer} is not the tokenizer that {config.training.init_from} was trained "
-            f"with ({base.tokenizer.get('name', 'unnamed')}, vocabulary {base.config.vocab_size}); set it to that one."
+            f"data.tokenizer: {config.data.tokenizer} is not the tokenizer that {config.training.init_from} was "
+            f"trained with ({base.tokenizer.get('name', 'unnamed')}, vocabulary {base.config.vocab_size}); "
+            "set it to that one."
         )
     return tokenizer
 

@@ -1,7 +1,7 @@
 """Resume checkpoints: whole or not there, verified before use.
 
     <checkpoint_dir>/ds_checkpoint/
-        step_00001000/   state of the engine, and manifest.json (written last): step, engine, order, SHA-256 of each file
+        step_00001000/   state of the engine, and manifest.json (written last): step, engine, order, SHA-256 of files
         step_00002000/
         step_00003000.tmp/   a save that was cut off: ignored and removed by the next one
 
@@ -85,7 +85,8 @@ def find_resume_point(resume_from: str, checkpoint_dir: Path) -> ResumePoint | C
         return read_checkpoint(path)
     if not path.is_dir():
         raise PolygluError(
-            f"training.resume_from: {path} does not exist; give a {RESUME_FOLDER} folder, a portable .pt file or 'auto'."
+            f"training.resume_from: {path} does not exist; give a {RESUME_FOLDER} folder, "
+            "a portable .pt file or 'auto'."
         )
     if (path / MANIFEST).is_file():
         return read_resume_point(path)

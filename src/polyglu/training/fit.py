@@ -1,4 +1,4 @@
-"""The training loop, shared by pre-training and fine-tuning. It does not know the engine, nor where batches come from."""
+"""The training loop of pre-training and fine-tuning. It does not know the engine, nor where batches come from."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -51,7 +51,8 @@ def fit(
     for step in range(start_step, plan.total_steps):
         micro_batches, tau, rate = batches(step), plan.tau(step), plan.learning_rate(step)
         n_targets = engine.sum(sum(batch.n_targets for batch in micro_batches))
-        losses, routing = [], []
+        losses: list[Tensor] = []
+        routing: list[Tensor] = []
         for host_batch in micro_batches:
             batch = host_batch.to(engine.device)
             loss, routing = engine.forward(batch, tau, _noise(engine.loss.model, batch, plan.seed))
@@ -85,7 +86,7 @@ def routing_metrics(model: PolychromaticLM, routing: Sequence[Tensor]) -> dict[s
         model: the model.
         routing: token logits ``[B, S, K]`` of each layer, on the batch in hand.
     """
-    values = {}
+    values: dict[str, float] = {}
     layers = [layer.mlp for layer in model.layers if isinstance(layer.mlp, PolyGLU)]
     if layers:
         static = [float(static_entropy(layer.alpha).mean()) for layer in layers]

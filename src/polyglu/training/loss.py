@@ -43,7 +43,7 @@ def summed_cross_entropy(model: PolychromaticLM, features: Tensor, targets: Tens
         return _chunk_loss(model, features, targets)
     losses = [
         checkpoint(_chunk_loss, model, part, target, use_reentrant=False)
-        for part, target in zip(features.split(chunk), targets.split(chunk), strict=True)
+        for part, target in zip(torch.split(features, chunk), torch.split(targets, chunk), strict=True)
     ]
     return torch.stack(losses).sum()
 

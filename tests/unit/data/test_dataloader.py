@@ -3,10 +3,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import EOS, random_documents, write_token_source
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import EOS, random_documents, write_token_source
 from polyglu.data.chunks import open_source
 from polyglu.data.dataloader import IGNORED, MicroBatch, TokenLoader, pack_windows
 from polyglu.data.order import MixSchedule
@@ -21,7 +21,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [write_token_source(root / name, random_documents(rng, size)) for name, size in (("a", 5000), ("b", 2100))]
 
 
-def loader(folders: list[Path], rank: int = 0, world_size: int = 1, rows: int = 2, accumulation: int = 4, **changes: int):
+def loader(
+    folders: list[Path], rank: int = 0, world_size: int = 1, rows: int = 2, accumulation: int = 4, **changes: int
+):
     settings = {"seq_length": T, "seed": 0, "vocab_size": 64} | changes
     return TokenLoader(
         [open_source(folder) for folder in folders],
@@ -42,7 +44,9 @@ def rows_of(batches: list[MicroBatch]) -> dict[int, tuple[list[int], list[int]]]
     }
 
 
-@pytest.mark.parametrize(("world_size", "rows", "accumulation"), [(2, 2, 2), (4, 2, 1), (8, 1, 1), (1, 8, 1), (2, 1, 4)])
+@pytest.mark.parametrize(
+    ("world_size", "rows", "accumulation"), [(2, 2, 2), (4, 2, 1), (8, 1, 1), (1, 8, 1), (2, 1, 4)]
+)
 def test_any_number_of_ranks_sees_the_same_samples(
     folders: list[Path], world_size: int, rows: int, accumulation: int
 ) -> None:
@@ -72,9 +76,7 @@ def test_a_window_is_what_lies_on_disk(folders: list[Path]) -> None:
 def test_documents_end_after_eos_and_eos_predicts_nothing(rows: list[list[int]]) -> None:
     batch = pack_windows(np.array(rows), np.zeros(len(rows), dtype=np.int64), torch.arange(len(rows)))
     flat, bounds = batch.input_ids.flatten().tolist(), set(batch.cu_seqlens.tolist())
-    assert bounds == {0} | {
-        index + 1 for index, token in enumerate(flat) if token == EOS or (index + 1) % 8 == 0
-    }
+    assert bounds == {0} | {index + 1 for index, token in enumerate(flat) if token == EOS or (index + 1) % 8 == 0}
     for row, inputs, targets in zip(rows, batch.input_ids.tolist(), batch.targets.tolist(), strict=True):
         expected = [IGNORED if token == EOS else following for token, following in zip(row, row[1:], strict=False)]
         assert (inputs, targets) == (row[:-1], expected)

@@ -8,7 +8,9 @@ from polyglu.model.model import create_model
 from polyglu.training import loss as loss_module
 from polyglu.training.loss import summed_cross_entropy
 
-SMALL = ModelConfig(vocab_size=37, d_model=16, d_ff=24, n_layers=1, n_q_heads=2, n_kv_heads=1, head_dim=8, seq_length=32)
+SMALL = ModelConfig(
+    vocab_size=37, d_model=16, d_ff=24, n_layers=1, n_q_heads=2, n_kv_heads=1, head_dim=8, seq_length=32
+)
 
 
 @pytest.mark.parametrize("at_once", [1, 37 * 5, 37 * 7, 10**9])

@@ -5,7 +5,9 @@ from polyglu.model.config import ModelConfig, TrainingSection
 from polyglu.model.model import create_model
 from polyglu.training.optimizer import create_optimizer, is_decayed, parameter_groups
 
-SMALL = ModelConfig(vocab_size=32, d_model=16, d_ff=24, n_layers=2, n_q_heads=2, n_kv_heads=1, head_dim=8, seq_length=16)
+SMALL = ModelConfig(
+    vocab_size=32, d_model=16, d_ff=24, n_layers=2, n_q_heads=2, n_kv_heads=1, head_dim=8, seq_length=16
+)
 
 
 def test_only_matrices_decay() -> None:
