@@ -23,6 +23,7 @@ STAGES = {
 
 DATA_VERBS = {
     "tokenize": ("polyglu.data.tokenize_dataset", "Tokenise documents from the hub or from files."),
+    "train-tokenizer": ("polyglu.data.train_tokenizer", "Train a small BPE tokenizer on local files."),
     "inspect": ("polyglu.data.inspect", "Show what tokenised data holds."),
 }
 """Verbs of ``polyglu data``."""

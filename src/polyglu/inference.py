@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 from polyglu.data.tokenizer import Tokenizer, load_tokenizer
 from polyglu.errors import PolygluError
-from polyglu.files import sha256
 from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.config import ModelConfig, RoutingScope
-from polyglu.model.model import load_checkpoint, read_checkpoint
+from polyglu.model.model import load_checkpoint, read_checkpoint, weights_digest
 
 PUBLISHED_TOKENIZER = "Qwen/Qwen3-0.6B-Base"
 """Of the published checkpoints, which do not name one."""
@@ -68,9 +67,8 @@ def open_for_inference(checkpoint: str | Path, tokenizer: str | None = None, dev
     if scope == "sequence":
         config = config.model_copy(update={"routing_scope": "document"})
     model, step, tau = load_checkpoint(checkpoint, config, device)
-    weights_file = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
     logger.info("opened %s: step %d, tau %.3f, tokenizer %s", checkpoint, step, tau, opened.name)
-    return Inference(model, opened, step, tau, sha256(weights_file), scope)
+    return Inference(model, opened, step, tau, weights_digest(checkpoint), scope)
 
 
 def _tokenizer_of(checkpoint: Path, config: ModelConfig, identity: dict[str, str]) -> str:

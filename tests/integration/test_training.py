@@ -16,6 +16,7 @@ from conftest import random_documents, write_token_source
 
 from polyglu.config_file import validate
 from polyglu.errors import PolygluError
+from polyglu.files import sha256
 from polyglu.model.config import TrainConfig
 from polyglu.model.model import load_checkpoint
 from polyglu.training.train import SEQUENCE_SCOPE_NOTE, train
@@ -300,6 +301,30 @@ def test_deepspeed_equals_plain(values: dict[str, Any], tmp_path: Path, ranks: i
     assert done.returncode == 0, done.stderr
     assert "resuming at step 15" in done.stderr
     assert bits(tmp_path / "ds_run") == before
+    if ranks == 1:
+        plant_pickle(tmp_path / "ds/ds_checkpoint/step_00000020", canary := tmp_path / "canary")
+        done = run([*command, "--set", "training.resume_from=auto"])
+        assert done.returncode != 0 and "nothing in it was executed" in done.stderr
+        assert not canary.exists()
+
+
+class Touch:
+    """Pickled, it creates a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def plant_pickle(folder: Path, canary: Path) -> None:
+    """Replace the optimiser state by a malicious pickle, with a manifest that vouches for it."""
+    (file,) = folder.glob("state/*optim_states.pt")
+    torch.save({"optimizer_state_dict": Touch(canary)}, file)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][str(file.relative_to(folder))] = sha256(file)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:

@@ -284,8 +284,9 @@ def _line_style(index: int, n_layers: int) -> dict[str, Any]:
 
 
 def _entropy_range(max_entropy: float) -> tuple[float, float]:
-    """Axis from 0 to a little over ln K, also where ln K is 0."""
-    return 0.0, 1.06 * max_entropy or 0.1
+    """Axis from a little under 0, so that a mark at 0 is whole, to a little over ln K, also where ln K is 0."""
+    span = max_entropy or 0.1
+    return -0.04 * span, 1.06 * span
 
 
 def _entropy_limit(draw: Any, max_entropy: float) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from polyglu.config_file import validate
 from polyglu.errors import PolygluError
-from polyglu.files import read_json, write_atomically, write_json
+from polyglu.files import read_json, sha256, write_atomically, write_json
 from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.config import ModelConfig
 
@@ -87,7 +87,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise PolygluError(f"checkpoint {path} does not exist; training writes portable_*.pt into its checkpoint_dir.")
     if path.is_dir() or path.suffix == ".safetensors":
         return _read_safetensors(path)
-    content = _unpickle(path)
+    content = read_tensors(path)
     if content.get("format") == PORTABLE_FORMAT:
         try:
             return Checkpoint(
@@ -105,6 +105,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         step, tau = int(content.get("step") or 0), float(content.get("tau") or 1.0)
         return Checkpoint(_from_published(weights), config, step, tau, tokenizer={})
     raise PolygluError(f"{path} is not a PolyGLU checkpoint: it has neither this project's nor the published layout.")
+
+
+def weights_digest(path: str | Path) -> str:
+    """SHA-256 (hex) that identifies a checkpoint: of the file, or of a folder's ``model.safetensors``."""
+    return sha256(Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path))
 
 
 def save_portable(
@@ -130,8 +135,12 @@ def save_safetensors(folder: Path, checkpoint: Checkpoint) -> None:
     write_json(folder / "config.json", {"model": checkpoint.config.model_dump(mode="json"), **description})
 
 
-def _unpickle(path: Path) -> dict[str, Any]:
-    """Read tensors and plain values only: nothing in the file is ever executed."""
+def read_tensors(path: Path) -> dict[str, Any]:
+    """Read a dictionary of tensors and plain values written by ``torch.save``; nothing in the file is ever executed.
+
+    Raises:
+        PolygluError: damaged, no dictionary, or with other objects.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (

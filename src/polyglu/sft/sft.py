@@ -24,7 +24,7 @@ from polyglu.data.tokenizer import Tokenizer, load_tokenizer
 from polyglu.errors import PolygluError, run_command
 from polyglu.logs import configure_logging
 from polyglu.model.config import SFTConfig
-from polyglu.model.model import Checkpoint, load_checkpoint, read_checkpoint, save_portable
+from polyglu.model.model import Checkpoint, load_checkpoint, read_checkpoint, save_portable, weights_digest
 from polyglu.training.checkpoint import find_resume_point, resume, save_resume_point
 from polyglu.training.engine import create_engine
 from polyglu.training.fit import Plan, fit
@@ -78,7 +78,8 @@ def finetune(config: SFTConfig) -> Path:
         rank=engine.rank,
         world_size=engine.world_size,
     )
-    start_step = resume(engine, found, packs.identity)
+    order = {"init_from": weights_digest(settings.init_from), **packs.identity}
+    start_step = resume(engine, found, order)
     plan = Plan(
         total_steps=packs.total_steps,
         learning_rate=lambda step: learning_rate(
@@ -94,7 +95,7 @@ def finetune(config: SFTConfig) -> Path:
     def save(step: int) -> bool:
         due = step % settings.checkpoint_every == 0 or step == plan.total_steps
         if due:
-            save_resume_point(engine, checkpoint_dir, step, packs.identity, settings.keep_checkpoints)
+            save_resume_point(engine, checkpoint_dir, step, order, settings.keep_checkpoints)
         return due
 
     fit(engine, packs.step, plan, start_step, metrics, save)

@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import os
+import pickle
 import sys
 import warnings
 from pathlib import Path
@@ -20,6 +21,7 @@ from polyglu.data.dataloader import MicroBatch
 from polyglu.errors import PolygluError
 from polyglu.files import read_json
 from polyglu.model.config import LoopSection
+from polyglu.model.model import read_tensors
 from polyglu.training.devices import compute_dtype, pick_device
 from polyglu.training.loss import LanguageModelLoss
 from polyglu.training.optimizer import create_optimizer
@@ -113,7 +115,7 @@ class PlainEngine:
 
     def load(self, folder: Path) -> None:
         """See ``Engine``."""
-        state = torch.load(folder / "state.pt", map_location=self.device, weights_only=True)
+        state = read_tensors(folder / "state.pt")
         self.loss.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
 
@@ -174,7 +176,20 @@ class DeepSpeedEngine:
 
     def load(self, folder: Path) -> None:
         """See ``Engine``."""
-        self.engine.load_checkpoint(str(folder), tag="state")
+        from deepspeed.runtime.fp16.loss_scaler import LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        # DeepSpeed would unpickle anything: PyTorch's own switch holds the process to tensors and these three classes.
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            try:
+                self.engine.load_checkpoint(str(folder), tag="state")
+            except pickle.UnpicklingError:
+                raise PolygluError(
+                    f"{folder} holds more than tensors and DeepSpeed's own values; nothing in it was executed. "
+                    "Resume from a checkpoint of your own."
+                ) from None
 
     def close(self) -> None:
         """See ``Engine``."""

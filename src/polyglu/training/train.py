@@ -66,7 +66,8 @@ def train(config: TrainConfig) -> Path:
         model, start_step = create_model(config.model, settings.seed), 0
     engine = create_engine(model, settings)
     loader = create_loader(config, sources, engine)
-    start_step = resume(engine, found, loader.identity) or start_step
+    order = {"model": config.model.model_dump(mode="json", exclude={"use_flash_attn"}), **loader.identity}
+    start_step = resume(engine, found, order) or start_step
     plan = Plan(
         total_steps=settings.total_steps,
         learning_rate=lambda step: learning_rate(
@@ -88,7 +89,7 @@ def train(config: TrainConfig) -> Path:
         resume = step % settings.checkpoint_every == 0 or step == settings.total_steps
         portable = step % portable_interval(settings) == 0
         if resume:
-            save_resume_point(engine, checkpoint_dir, step, loader.identity, settings.keep_checkpoints)
+            save_resume_point(engine, checkpoint_dir, step, order, settings.keep_checkpoints)
         if portable:
             save_weights(f"portable_step{step}.pt", step)
         return resume or portable
