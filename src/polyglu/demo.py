@@ -28,6 +28,7 @@ from polyglu.data.tokenize_dataset import tokenize_source
 from polyglu.data.tokenizer import load_tokenizer, train_bpe
 from polyglu.errors import PolygluError, run_command
 from polyglu.files import read_json, sha256, write_json, write_text
+from polyglu.interpretability import FIGURES, STATS_FILE
 from polyglu.logs import configure_logging
 
 logger = logging.getLogger(__name__)
@@ -131,10 +132,8 @@ def make_stages(paths: DemoPaths) -> list[Stage]:
         Stage("pretrain", [train_config, *manifests], [paths.base], lambda: _pretrain(paths, train_config)),
         Stage("sft", [sft_config, paths.base, paths.raw / "sft.jsonl"], [paths.tuned], lambda: _sft(paths, sft_config)),
         Stage("evaluate", [paths.base, paths.tuned, test, *heldout], results, lambda: _evaluate(paths)),
-        Stage("analyze", [paths.base], [figures / name for name in _figure_names()], lambda: _analyze(paths)),
-        Stage(
-            "report", [*results, figures / "entropy_stats.json"], [paths.root / "report.html"], lambda: _report(paths)
-        ),
+        Stage("analyze", [paths.base], [figures / name for name in (*FIGURES, STATS_FILE)], lambda: _analyze(paths)),
+        Stage("report", [*results, figures / STATS_FILE], [paths.root / "report.html"], lambda: _report(paths)),
     ]
 
 
@@ -223,7 +222,7 @@ def _report(paths: DemoPaths) -> None:
         stages=summary(paths, state),
         metrics=_rows(paths.root / "metrics.jsonl"),
         sft_metrics=_rows(paths.root / "sft/metrics.jsonl"),
-        figures=[paths.root / "figures" / name for name in _figure_names() if name.endswith(".png")],
+        figures=[paths.root / "figures" / name for name in FIGURES],
         samples=[sample for name in ("pretrain", "sft") for sample in _samples(name, read_json(paths.results(name)))],
         results={name: read_json(paths.results(name)) for name in ("pretrain", "sft")},
         settings=_settings(paths.root / "config.yaml"),
@@ -285,18 +284,6 @@ def _accuracy(paths: DemoPaths, name: str) -> dict[str, float]:
 
 def _samples(name: str, results: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"model": name, **sample} for samples in results["samples"].values() for sample in samples]
-
-
-def _figure_names() -> tuple[str, ...]:
-    return (
-        "neurotransmitter_heatmap.png",
-        "layer_distribution.png",
-        "entropy_per_layer.png",
-        "entropy_histogram.png",
-        "dynamic_routing_comparison.png",
-        "routing_shift_summary.png",
-        "entropy_stats.json",
-    )
 
 
 def _settings(path: Path) -> dict[str, Any]:

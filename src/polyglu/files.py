@@ -22,7 +22,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> str:
         os.fsync(file.fileno())
     digest = sha256(temporary)
     os.replace(temporary, path)
-    sync_folder(path.parent)
+    flush(path.parent)
     return digest
 
 
@@ -58,9 +58,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk, so that a rename survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Flush a file, or a folder's entries, to disk: what was written or renamed survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -18,7 +18,7 @@ from torch import Tensor
 from polyglu.errors import PolygluError, run_command
 from polyglu.files import write_atomically, write_json
 from polyglu.inference import Inference, open_for_inference
-from polyglu.interpretability import plotting
+from polyglu.interpretability import STATS_FILE, plotting
 from polyglu.interpretability.dynamic_routing import (
     KINDS,
     DynamicRouting,
@@ -41,8 +41,6 @@ from polyglu.logs import configure_logging
 from polyglu.model.activations import ACTIVATIONS
 from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.routing import entropy
-
-STATS_FILE = "entropy_stats.json"
 
 
 @dataclass(frozen=True)

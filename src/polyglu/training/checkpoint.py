@@ -9,7 +9,6 @@ A save writes ``.tmp``, flushes, hashes, writes the manifest and renames. The ne
 """
 
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from polyglu.errors import PolygluError
-from polyglu.files import TEMPORARY_SUFFIX, read_json, sha256, sync_folder, write_json
+from polyglu.files import TEMPORARY_SUFFIX, flush, read_json, sha256, write_json
 from polyglu.model.model import Checkpoint, read_checkpoint
 from polyglu.training.engine import Engine
 
@@ -40,7 +39,7 @@ class ResumePoint:
 
 
 def save_resume_point(engine: Engine, checkpoint_dir: Path, step: int, order: Mapping[str, Any], keep: int) -> None:
-    """Write the resume checkpoint of a step (all ranks call it), then remove all but the newest ``keep``."""
+    """Write the resume checkpoint of a step (all ranks call it), then remove all up to it but the newest ``keep``."""
     root = checkpoint_dir / RESUME_FOLDER
     final = root / f"step_{step:08d}"
     temporary = final.with_name(final.name + TEMPORARY_SUFFIX)
@@ -62,8 +61,9 @@ def save_resume_point(engine: Engine, checkpoint_dir: Path, step: int, order: Ma
         write_json(temporary / MANIFEST, manifest)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        sync_folder(root)
-        for old in sorted(root.glob("step_*"))[:-keep]:
+        flush(root)
+        # Later steps are those of another run in the same folder: not ours to remove.
+        for old in sorted(folder for folder in root.glob("step_*") if folder.name <= final.name)[:-keep]:
             shutil.rmtree(old)
     engine.barrier()
 
@@ -164,9 +164,5 @@ def _newest_whole(root: Path) -> ResumePoint | None:
 
 
 def _flushed_digest(path: Path) -> str:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(path)
     return sha256(path)
