@@ -49,11 +49,11 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Also write the results here.")] = None,
     rounds: Annotated[int, typer.Option(help="Turns of each case.", min=1)] = 30,
 ) -> None:
-    """Measure the mixture and the training step; print a table."""
+    """Measure the mixture and the training step; print a table of medians."""
     results = {f"mixture, {name}": compare(mixture_cases(*shape), rounds, calls=10) for name, shape in SHAPES.items()}
     results["training step, configs/tiny/train.yaml"] = compare(step_cases(), rounds, calls=1)
     machine = describe_machine()
-    Console(width=110).print(as_table(machine, results))
+    Console(width=140).print(as_table(machine, results))
     if json is not None:
         write_json(json, {"machine": machine, "rounds": rounds, "results": results})
 
@@ -163,7 +163,7 @@ def as_table(machine: Mapping[str, Any], results: Mapping[str, Mapping[str, Mapp
     table = Table(title=", ".join(f"{key} {value}" for key, value in machine.items()), title_justify="left")
     for heading in ("what", "case"):
         table.add_column(heading)
-    for heading in ("ms, median (min to max)", "of SwiGLU, median (min to max)"):
+    for heading in ("ms (min to max)", "of SwiGLU (min to max)"):
         table.add_column(heading, justify="right")
     for what, cases in results.items():
         for name, case in cases.items():

@@ -28,7 +28,7 @@ def load_config(kind: type[Config], path: Path | None, overrides: Iterable[str] 
         key, separator, text = override.partition("=")
         if not separator:
             raise PolygluError(f"override {override!r} is not of the form section.key=value.")
-        _set(values, key.split("."), yaml.safe_load(text))
+        _set(values, key.split("."), _parse(text, f"override {override!r}"))
     return validate(kind, values, source=str(path) if path else kind.__name__)
 
 
@@ -45,9 +45,9 @@ def validate(kind: type[Config], values: Mapping[str, Any], source: str) -> Conf
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             hint = _did_you_mean(str(first["loc"][-1]), _known_keys(kind, first["loc"][:-1]))
-            raise PolygluError(f"{source}: unknown key '{key}'{hint}.") from None
+            raise PolygluError(f"{source}: unknown key '{key}'{hint}") from None
         message = first["msg"].removeprefix("Value error, ").rstrip(".")
-        got = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
+        got = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r:.80}"
         raise PolygluError(f"{source}: {key + ': ' if key else ''}{message}{got}.") from None
 
 
@@ -58,18 +58,25 @@ def save_config(config: BaseModel, path: Path) -> None:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = _parse(path.read_text(encoding="utf-8"), f"config file {path}")
     except FileNotFoundError:
         raise PolygluError(f"config file {path} does not exist; the shipped ones are in configs/.") from None
     except IsADirectoryError:
         raise PolygluError(f"config file {path} is a folder; give the YAML file itself.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PolygluError(f"config file {path} is not valid YAML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise PolygluError(f"config file {path} is not UTF-8 text ({error}); save it as UTF-8.") from None
     if values is None:
-        return {}
+        raise PolygluError(f"config file {path} is empty; write {{}} into it to take every default.")
     if not isinstance(values, dict):
         raise PolygluError(f"config file {path} must be a mapping of keys to values, got {type(values).__name__}.")
     return values
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise PolygluError(f"{source} is not valid YAML: {error}") from None
 
 
 def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
@@ -100,4 +107,4 @@ def _models_in(annotation: Any) -> Iterable[type[BaseModel]]:
 
 def _did_you_mean(word: str, known: list[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean '{near[0]}'?" if near else f"; known keys: {', '.join(known)}"
+    return f"; did you mean '{near[0]}'?" if near else f"; known keys: {', '.join(known)}."

@@ -16,10 +16,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> str:
     """Create or replace ``path`` with what ``write`` puts into an open binary file; return its SHA-256 (hex)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     digest = sha256(temporary)
     os.replace(temporary, path)
     flush(path.parent)
@@ -36,6 +40,19 @@ def write_json(path: Path, value: Any) -> str:
     return write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
+def check_writable(folder: Path, name: str) -> None:
+    """Refuse a folder that cannot be made or written to: before hours of work, not after.
+
+    Raises:
+        PolygluError: a file is in the way, or the permission is missing; the message calls the folder ``name``.
+    """
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise PolygluError(f"{name} {folder} cannot be written to: {existing} is a file; give a folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PolygluError(f"{name} {folder} cannot be written to: no permission in {existing}; give another folder.")
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
@@ -46,7 +63,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PolygluError(f"{path} does not exist.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise PolygluError(
             f"{path} is not valid JSON ({error}); make it again with the command that wrote it."
         ) from None

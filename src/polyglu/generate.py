@@ -7,6 +7,7 @@ import torch
 import typer
 
 from polyglu.data.chat import encode_prompt
+from polyglu.data.tokenizer import is_text
 from polyglu.errors import PolygluError, run_command
 from polyglu.inference import open_for_inference
 from polyglu.logs import configure_logging
@@ -19,7 +20,7 @@ def main(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw among the likeliest tokens of this mass.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draws.")] = 0,
     chat: Annotated[
         bool, typer.Option("--chat", help="The prompt is a user's message (fine-tuned checkpoints).")
     ] = False,
@@ -28,6 +29,8 @@ def main(
 ) -> None:
     """Print a checkpoint's continuation of a prompt on stdout."""
     configure_logging()
+    if not is_text(prompt):
+        raise PolygluError("the prompt is not UTF-8 text; check the terminal's encoding.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     opened = open_for_inference(checkpoint, tokenizer, device)
     text = opened.tokenizer

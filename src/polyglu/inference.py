@@ -4,6 +4,8 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from polyglu.data.tokenizer import Tokenizer, load_tokenizer
 from polyglu.errors import PolygluError
 from polyglu.model.architecture import PolychromaticLM
@@ -45,10 +47,11 @@ def open_for_inference(checkpoint: str | Path, tokenizer: str | None = None, dev
         device: where the model goes.
 
     Raises:
-        PolygluError: not a checkpoint, no tokenizer known, a tokenizer other than the checkpoint's, or one with more
-            tokens than the model has.
+        PolygluError: no such device, not a checkpoint, no tokenizer known, a tokenizer other than the checkpoint's, or
+            one with more tokens than the model has.
     """
     checkpoint = Path(checkpoint)
+    _check_device(device)
     described = read_checkpoint(checkpoint)
     config, identity = described.config, described.tokenizer
     del described  # the weights are read again below, once the scope is known
@@ -69,6 +72,13 @@ def open_for_inference(checkpoint: str | Path, tokenizer: str | None = None, dev
     model, step, tau = load_checkpoint(checkpoint, config, device)
     logger.info("opened %s: step %d, tau %.3f, tokenizer %s", checkpoint, step, tau, opened.name)
     return Inference(model, opened, step, tau, weights_digest(checkpoint), scope)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise PolygluError(f"device '{device}' cannot be used here; give cpu, or cuda where there is a GPU.") from None
 
 
 def _tokenizer_of(checkpoint: Path, config: ModelConfig, identity: dict[str, str]) -> str:

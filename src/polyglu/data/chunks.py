@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from polyglu.config_file import validate
+from polyglu.data.manifest import Manifest
 from polyglu.errors import PolygluError
 from polyglu.files import read_json, sha256, write_atomically, write_json
 
@@ -122,7 +124,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Manifest of a folder of tokenised data; None if there is none.
 
     Raises:
-        PolygluError: the manifest is not of this format.
+        PolygluError: the manifest is not of this format, or its numbers contradict each other.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -130,11 +132,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
         raise PolygluError(f"{path} is not a manifest of format version {FORMAT_VERSION}; tokenise the source again.")
-    missing = {"tokenizer", "source", "chunk_tokens", "chunks", "tokens", "documents", "complete", "skipped"} - set(
-        manifest
-    )
+    missing = Manifest.model_fields.keys() - manifest.keys()
     if missing:
         raise PolygluError(f"{path} lacks '{min(missing)}'; tokenise the source again.")
+    validate(Manifest, manifest, source=str(path))
     return manifest
 
 

@@ -60,7 +60,7 @@ def _overview(source: TokenSource, lengths: npt.NDArray[np.int64]) -> Table:
     manifest = source.manifest
     table = Table(title=str(source.folder), show_header=False)
     origin = manifest["source"]
-    table.add_row("source", origin.get("dataset") or ", ".join(file["path"] for file in origin["files"]))
+    table.add_row("source", origin.get("dataset") or ", ".join(file["path"] for file in origin.get("files", [])))
     for key in ("config", "split", "revision", "max_tokens"):
         if origin.get(key) is not None:
             table.add_row(key, str(origin[key]))

@@ -58,6 +58,9 @@ class TextSource(Section):
     def _check(self) -> "TextSource":
         if (self.dataset is None) == (not self.files):
             raise ValueError("give either 'dataset' (a hub dataset) or 'files' (local ones)")
+        of_hub = [key for key in ("config", "split", "revision") if key in self.model_fields_set]
+        if self.files and of_hub:
+            raise ValueError(f"'{of_hub[0]}' belongs to a hub dataset; leave it out with 'files'")
         return self
 
 
@@ -149,7 +152,7 @@ def _jsonl_rows(file: Path, lines: Iterable[str]) -> Iterator[Row]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise PolygluError(f"{file}, line {number} is not JSON ({error}); repair or remove the line.") from None
         if not isinstance(row, dict):
             raise PolygluError(

@@ -25,6 +25,7 @@ from polyglu.data.hub import resolve_revision
 from polyglu.data.sources import Row, SourcesConfig, TextSource, describe, rows
 from polyglu.data.tokenizer import Tokenizer, is_text, load_tokenizer
 from polyglu.errors import PolygluError, run_command
+from polyglu.files import check_writable
 from polyglu.logs import configure_logging
 
 log = logging.getLogger(__name__)
@@ -150,11 +151,10 @@ def _check_same_settings(folder: Path, recorded: dict[str, Any], wanted: dict[st
 
 @contextmanager
 def _exclusive(folder: Path) -> Iterator[None]:
-    """Hold the folder against a second process; it is removed again if nothing was written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise PolygluError(f"output {folder} is a file; give a folder.") from None
+    """Hold the folder against a second process; what is made here is removed again if nothing was written."""
+    check_writable(folder, "output")
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -163,7 +163,8 @@ def _exclusive(folder: Path) -> Iterator[None]:
         raise PolygluError(f"another process is writing to {folder}; wait for it to end.") from None
     finally:
         with suppress(OSError):
-            folder.rmdir()
+            for place in made:
+                place.rmdir()
         os.close(descriptor)
 
 

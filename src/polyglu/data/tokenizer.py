@@ -175,8 +175,12 @@ def _read(name: str, file: Path) -> Tokenizer:
     config_file = file.with_name("tokenizer_config.json")
     if backend.token_to_id(END_OF_TEXT) is not None or not config_file.is_file():
         return Tokenizer(name, backend)
-    eos: Any = read_json(config_file).get("eos_token")
-    return Tokenizer(name, backend, eos["content"] if isinstance(eos, dict) else eos or END_OF_TEXT)
+    config: Any = read_json(config_file)
+    eos = config.get("eos_token", END_OF_TEXT) if isinstance(config, dict) else None
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    if not isinstance(eos, str):
+        raise PolygluError(f"{config_file} names no 'eos_token', which ends a document; write it there.")
+    return Tokenizer(name, backend, eos)
 
 
 def _qwen3_from_package() -> tokenizers.Tokenizer:

@@ -94,7 +94,7 @@ def _documents_of_text(source: Path, tokenizer: Tokenizer) -> Iterator[Document]
             try:
                 text = json.loads(line)["text"]
                 tokens, n_bytes = tokenizer.encode(text), len(text.encode())
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 message = f"{source}, line {number}: expected a JSON object whose 'text' is a string."
                 raise PolygluError(message) from None
             yield Document(tokens, n_bytes)

@@ -5,7 +5,6 @@
 The results file is written once, when everything has succeeded.
 """
 
-import os
 import platform
 import tempfile
 import time
@@ -26,7 +25,7 @@ from polyglu.errors import PolygluError, run_command
 from polyglu.evaluation.model_wrapper import HarnessModel
 from polyglu.evaluation.perplexity import perplexity
 from polyglu.evaluation.task_loading import load_tasks
-from polyglu.files import write_json
+from polyglu.files import check_writable, write_json
 from polyglu.inference import Inference, open_for_inference
 from polyglu.logs import configure_logging
 from polyglu.model.config import RoutingScope
@@ -198,13 +197,6 @@ def results_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
-def _check_output(output: Path) -> None:
-    """Refuse a place that cannot be written to before hours of work, not after."""
-    existing = next(folder for folder in output.absolute().parents if folder.exists())
-    if output.is_dir() or not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise PolygluError(f"--output {output} cannot be written: give a file name in a folder that you may write to.")
-
-
 def _sources(pairs: Sequence[str]) -> dict[str, Path]:
     sources = {}
     for pair in pairs:
@@ -255,7 +247,9 @@ def main(
         data_dir=data_dir,
         apply_chat_template=apply_chat_template,
     )
-    _check_output(output)
+    if output.is_dir():
+        raise PolygluError(f"--output {output} is a folder; give the name of a results file in it.")
+    check_writable(output.parent, "--output folder")
     results = evaluate_checkpoint(settings)
     write_json(output, results)
     console = Console(stderr=True)

@@ -123,12 +123,13 @@ def _hub_data(entry: Entry) -> str | None:
 def _load(name: str, manager: Any) -> dict[str, Any]:
     try:
         return dict(manager.load([name]))
-    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError, ValueError) as error:
+    except Exception as error:  # the harness runs the task file's templates, which may raise anything
         data = next(filter(None, map(_hub_data, _leaves(name, manager.task_index))), None)
+        cause = error.__cause__ or error
+        said = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0].rstrip('.')}"
         hint = f"if it is gated, accept its licence at https://huggingface.co/datasets/{data} and set HF_TOKEN"
         raise PolygluError(
-            f"the data of task '{name}' could not be loaded ({str(error).splitlines()[0].rstrip('.')}); "
-            f"{hint if data else 'check the data_files of its task file'}."
+            f"task '{name}' could not be loaded ({said}); {hint if data else 'check its task file and data_files'}."
         ) from None
 
 

@@ -15,8 +15,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from polyglu.errors import PolygluError, run_command
-from polyglu.files import write_atomically, write_json
+from polyglu.errors import run_command
+from polyglu.files import check_writable, write_atomically, write_json
 from polyglu.inference import Inference, open_for_inference
 from polyglu.interpretability import STATS_FILE, plotting
 from polyglu.interpretability.dynamic_routing import (
@@ -73,10 +73,9 @@ def analyze_checkpoint(checkpoint: Path, output: Path, tokenizer: str | None = N
         The content of ``entropy_stats.json``, and under ``figures`` the paths of the figures.
 
     Raises:
-        PolygluError: not a checkpoint, no tokenizer, no routed layers, or ``output`` is a file.
+        PolygluError: not a checkpoint, no tokenizer, no routed layers, or ``output`` cannot be written to.
     """
-    if output.exists() and not output.is_dir():
-        raise PolygluError(f"output {output} is a file; give a folder for the figures.")
+    check_writable(output, "--output folder")
     opened = open_for_inference(checkpoint, tokenizer)
     analysis = analyze(opened.model, opened.tokenizer, opened.tau)
     stats = make_stats(analysis, checkpoint, opened)

@@ -4,7 +4,6 @@ A portable checkpoint is one ``.pt`` file that loads with ``weights_only=True``:
     format, model (weights, fp32), config (ModelConfig), step, tau, tokenizer (name, fingerprint)
 """
 
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -89,21 +89,13 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         return _read_safetensors(path)
     content = read_tensors(path)
     if content.get("format") == PORTABLE_FORMAT:
-        try:
-            return Checkpoint(
-                weights=content["model"],
-                config=validate(ModelConfig, content["config"], source=str(path)),
-                step=int(content["step"]),
-                tau=float(content["tau"]),
-                tokenizer=dict(content["tokenizer"]),
-            )
-        except KeyError as error:
-            raise PolygluError(f"{path} is not a whole portable checkpoint: {error} is missing.") from None
+        missing = {"model", "config", *_Description.model_fields} - content.keys()
+        if missing:
+            raise PolygluError(f"{path} is not a whole portable checkpoint: '{min(missing)}' is missing; use another.")
+        config = validate(ModelConfig, content["config"], source=str(path))
+        return _checked(path, content["model"], config, content)
     if isinstance(content.get("model"), dict) and "embeddings.weight" in content["model"]:
-        weights = content["model"]
-        config = _config_from_published(weights, path)
-        step, tau = int(content.get("step") or 0), float(content.get("tau") or 1.0)
-        return Checkpoint(_from_published(weights), config, step, tau, tokenizer={})
+        return _read_published(path, content["model"], content)
     raise PolygluError(f"{path} is not a PolyGLU checkpoint: it has neither this project's nor the published layout.")
 
 
@@ -135,6 +127,41 @@ def save_safetensors(folder: Path, checkpoint: Checkpoint) -> None:
     write_json(folder / "config.json", {"model": checkpoint.config.model_dump(mode="json"), **description})
 
 
+class _TokenizerIdentity(BaseModel):
+    name: str | None = None
+    fingerprint: str | None = None
+
+
+class _Description(BaseModel):
+    """What a file says of its weights, besides their shape."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    step: NonNegativeInt = 0
+    tau: PositiveFloat = 1.0
+    tokenizer: _TokenizerIdentity = _TokenizerIdentity()
+
+
+def _checked(path: Path, weights: Any, config: ModelConfig, description: Mapping[str, Any]) -> Checkpoint:
+    """Put together what was read, once all of it is known to be of the right kind."""
+    values = {key: description[key] for key in _Description.model_fields if key in description}
+    said = validate(_Description, values, source=str(path))
+    tokenizer = said.tokenizer.model_dump(exclude_none=True)
+    return Checkpoint(_check_weights(path, weights), config, said.step, said.tau, tokenizer)
+
+
+def _check_weights(path: Path, weights: Any) -> dict[str, Tensor]:
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+        raise PolygluError(f"{path} is not a PolyGLU checkpoint: its weights are not named.")
+    for name, weight in weights.items():
+        dense = isinstance(weight, Tensor) and weight.layout == torch.strided and not weight.is_nested
+        if not dense or not weight.is_floating_point() or weight.is_meta:
+            raise PolygluError(f"{path} is not a PolyGLU checkpoint: '{name}' is not a tensor of real numbers.")
+        if not weight.float().isfinite().all():
+            raise PolygluError(f"{path}: weight '{name}' has values that are not finite; use an earlier checkpoint.")
+    return weights
+
+
 def read_tensors(path: Path) -> dict[str, Any]:
     """Read a dictionary of tensors and plain values written by ``torch.save``; nothing in the file is ever executed.
 
@@ -143,16 +170,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        IndexError,
-        TypeError,
-    ):
+    except Exception:  # damaged bytes can raise almost anything
         raise PolygluError(
             f"{path} is not a checkpoint: it is damaged, or holds more than tensors and plain values; "
             "nothing in it was executed."
@@ -171,15 +189,14 @@ def _read_safetensors(path: Path) -> Checkpoint:
     except (SafetensorError, ValueError, OSError):
         raise PolygluError(f"{file} is not a whole safetensors file; copy or export it again.") from None
     if "embeddings.weight" in weights:
-        return Checkpoint(_from_published(weights), _config_from_published(weights, file), 0, 1.0, tokenizer={})
+        return _read_published(file, weights, {})
     description = read_json(file.with_name("config.json"))
     if not isinstance(description, dict) or "model" not in description:
         raise PolygluError(
             f"{file.with_name('config.json')} has no 'model' section, which describes the weights' shape."
         )
     config = validate(ModelConfig, description["model"], source=str(file.with_name("config.json")))
-    step, tau = int(description.get("step", 0)), float(description.get("tau", 1.0))
-    return Checkpoint(weights, config, step, tau, description.get("tokenizer", {}))
+    return _checked(path, weights, config, description)
 
 
 _PUBLISHED_NAMES = (
@@ -204,9 +221,12 @@ def published_name(name: str) -> str:
     return name
 
 
-def _from_published(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _read_published(path: Path, weights: Any, content: Mapping[str, Any]) -> Checkpoint:
+    config = _config_from_published(_check_weights(path, weights), path)
     derived = ("rope.", "output_head.")  # tables, and the head tied to the embedding
-    return {published_name(name): weight for name, weight in weights.items() if not name.startswith(derived)}
+    renamed = {published_name(name): weight for name, weight in weights.items() if not name.startswith(derived)}
+    description = {key: content[key] for key in ("step", "tau") if content.get(key) is not None}
+    return _checked(path, renamed, config, description)
 
 
 def _config_from_published(weights: Mapping[str, Tensor], path: Path) -> ModelConfig:
@@ -228,5 +248,5 @@ def _config_from_published(weights: Mapping[str, Tensor], path: Path) -> ModelCo
             seq_length=ModelConfig().seq_length if rope is None else rope.shape[0],
             n_activations=n_activations,
         )
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise PolygluError(f"{path} looks like the published layout, but is not whole: {error}.") from None

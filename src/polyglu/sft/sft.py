@@ -22,6 +22,7 @@ from polyglu.data.dataloader import IGNORED, MicroBatch
 from polyglu.data.sft_dataset import Conversations, collate_pack, load_conversations, pack
 from polyglu.data.tokenizer import Tokenizer, load_tokenizer
 from polyglu.errors import PolygluError, run_command
+from polyglu.files import check_writable
 from polyglu.logs import configure_logging
 from polyglu.model.config import SFTConfig
 from polyglu.model.model import Checkpoint, load_checkpoint, read_checkpoint, save_portable, weights_digest
@@ -56,6 +57,8 @@ def finetune(config: SFTConfig) -> Path:
         PolygluError: data, checkpoint or config that do not fit.
     """
     settings, checkpoint_dir = config.training, Path(config.training.checkpoint_dir)
+    check_writable(checkpoint_dir, "training.checkpoint_dir")
+    check_writable(Path(settings.run_dir), "training.run_dir")
     base = read_checkpoint(settings.init_from)
     tokenizer = check_tokenizer(base, config)
     found = find_resume_point(settings.resume_from, checkpoint_dir) if settings.resume_from else None

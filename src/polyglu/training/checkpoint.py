@@ -44,7 +44,8 @@ def save_resume_point(engine: Engine, checkpoint_dir: Path, step: int, order: Ma
     final = root / f"step_{step:08d}"
     temporary = final.with_name(final.name + TEMPORARY_SUFFIX)
     if engine.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for cut_off in root.glob(f"*{TEMPORARY_SUFFIX}"):
+            shutil.rmtree(cut_off)
         temporary.mkdir(parents=True)
     engine.barrier()
     engine.save(temporary)

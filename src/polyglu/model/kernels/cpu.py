@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from polyglu.model.activations import ACTIVATIONS
 
@@ -46,6 +47,7 @@ class ChunkedMixture(torch.autograd.Function):
         return mixed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of gate, neuron and token logits; the latter two are summed in the logits' dtype."""
         gate, neuron, token = ctx.saved_tensors

@@ -1,0 +1,83 @@
+"""Files are whole or not there."""
+
+import hashlib
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polyglu.errors import PolygluError
+from polyglu.files import read_json, sha256, write_atomically, write_json, write_text
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**20 + 7])
+def test_digest_is_that_of_the_bytes_on_disk(tmp_path: Path, size: int) -> None:
+    data = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+    path = tmp_path / "new" / "folders" / "file.bin"
+    digest = write_atomically(path, lambda file: file.write(data))
+    assert path.read_bytes() == data
+    assert digest == sha256(path) == hashlib.sha256(data).hexdigest()
+    assert [entry.name for entry in path.parent.iterdir()] == ["file.bin"]
+
+
+def test_a_write_that_is_cut_off_leaves_the_file_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    write_text(path, "before")
+
+    def cut_off(file: BinaryIO) -> None:
+        file.write(b"half of wh")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space left"):
+        write_atomically(path, cut_off)
+    assert path.read_text() == "before"
+    write_text(path, "after")  # what the cut-off write left behind is no obstacle
+    assert path.read_text() == "after"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+
+    def look(file: BinaryIO) -> None:
+        file.write(b"first half, ")
+        file.flush()
+        assert not path.exists()
+        file.write(b"second half")
+
+    write_atomically(path, look)
+    assert path.read_text() == "first half, second half"
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(value=json_values)
+def test_json_round_trip(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
+    path = tmp_path_factory.getbasetemp() / "value.json"
+    write_json(path, value)
+    assert read_json(path) == value
+
+
+def test_json_does_not_depend_on_the_order_of_keys(tmp_path: Path) -> None:
+    first = write_json(tmp_path / "a.json", {"x": 1, "y": "Grüße"})
+    assert first == write_json(tmp_path / "b.json", {"y": "Grüße", "x": 1})
+    assert "Grüße" in (tmp_path / "a.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "does not exist"), (b'{"a": 1', "is not valid JSON"), (b"\xff\xfe", "is not valid JSON")],
+)
+def test_missing_and_damaged_json_is_one_sentence(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "value.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(PolygluError, match=rf"value\.json {message}"):
+        read_json(path)
