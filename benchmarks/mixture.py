@@ -50,7 +50,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Turns of each case.", min=1)] = 30,
 ) -> None:
     """Measure the mixture and the training step; print a table of medians."""
-    results = {f"mixture, {name}": compare(mixture_cases(*shape), rounds, calls=10) for name, shape in SHAPES.items()}
+    results = {f"mixture, {name}": compare(mixture_cases(*shape), rounds, calls=3) for name, shape in SHAPES.items()}
     results["training step, configs/tiny/train.yaml"] = compare(step_cases(), rounds, calls=1)
     machine = describe_machine()
     Console(width=140).print(as_table(machine, results))

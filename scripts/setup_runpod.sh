@@ -10,9 +10,12 @@ missing=()
 # Only NAME=value lines are read; nothing in .env is executed.
 if [[ -f .env ]]; then
     chmod 600 .env
-    while IFS='=' read -r name value || [[ -n "$name" ]]; do
+    while read -r line || [[ -n "$line" ]]; do
+        line="${line#export }"
+        name="${line%%=*}"
         case "$name" in
             HF_TOKEN | WANDB_API_KEY)
+                value="${line#*=}"
                 value="${value%$'\r'}"
                 value="${value#[\"\']}"
                 value="${value%[\"\']}"

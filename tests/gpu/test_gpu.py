@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_documents, write_token_source
+from support import random_documents, write_token_source
 from torch import Tensor
 
 from polyglu.config_file import validate

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import random_documents, write_token_source
+from support import random_documents, write_token_source
 
 from polyglu.config_file import validate
 from polyglu.errors import PolygluError

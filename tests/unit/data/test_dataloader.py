@@ -3,9 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import EOS, random_documents, write_token_source
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import EOS, random_documents, write_token_source
 
 from polyglu.data.chunks import open_source
 from polyglu.data.dataloader import IGNORED, MicroBatch, TokenLoader, pack_windows

@@ -52,9 +52,11 @@ def test_every_arithmetic_solution_is_right(corpus: Path) -> None:
         expression = user["content"].split(": ")[1].removesuffix(" =")
         assert (user["role"], assistant["role"]) == ("user", "assistant")
         assert assistant["content"].endswith(f"\n#### {eval(expression)}")
-        steps = assistant["content"].split("\n")[0].split(": ")[-1]
-        for step in steps.split(", "):
-            left, right = step.split(" = ")
+        *order, ones, tens = assistant["content"].split("\n")[0].split(", ")
+        assert len(order) == ("-" in expression)  # only a difference begins with a comparison
+        assert all(eval(comparison) for comparison in order)
+        for step in (ones, tens):
+            left, right = step.split("=")
             assert eval(re.sub(r"\b0(\d)", r"\1", left)) == int(right)
     for row in read(corpus / "arithmetic_test.jsonl"):
         assert str(eval(row["question"].split(": ")[1].removesuffix(" ="))) == row["answer"]

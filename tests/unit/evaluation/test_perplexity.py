@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support import write_token_source
 
 from polyglu.errors import PolygluError
 from polyglu.evaluation.perplexity import perplexity
@@ -40,12 +41,12 @@ def test_equals_a_plain_loop_over_documents(opened: Inference, run: Any, tmp_pat
 
 
 def test_chunks_give_what_their_texts_give(
-    opened: Inference, run: Any, tmp_path: Path, write_source: Any, monkeypatch: pytest.MonkeyPatch
+    opened: Inference, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("polyglu.evaluation.perplexity.READ_TOKENS", 10)  # documents span several reads
     texts = [*run.texts, "Question: 1 + 1 =\n" * 30]
     ids = [token for text in texts for token in (*opened.tokenizer.encode(text), opened.tokenizer.eos_id)]
-    folder = write_source(
+    folder = write_token_source(
         tmp_path / "chunks", ids, vocab_size=300, chunk_tokens=37, fingerprint=opened.tokenizer.fingerprint
     )
     expected = measure(opened, write_texts(tmp_path / "texts.jsonl", texts))
@@ -75,9 +76,9 @@ def test_bad_files_are_named(opened: Inference, tmp_path: Path, content: str, sa
         measure(opened, source)
 
 
-def test_missing_source_and_chunks_of_another_tokenizer(opened: Inference, tmp_path: Path, write_source: Any) -> None:
+def test_missing_source_and_chunks_of_another_tokenizer(opened: Inference, tmp_path: Path) -> None:
     with pytest.raises(PolygluError, match="nowhere.jsonl does not exist"):
         measure(opened, tmp_path / "nowhere.jsonl")
-    folder = write_source(tmp_path / "chunks", [5, 6, 0], vocab_size=300)
+    folder = write_token_source(tmp_path / "chunks", [5, 6, 0], vocab_size=300)
     with pytest.raises(PolygluError, match="was tokenised with 'test'"):
         measure(opened, folder)

@@ -110,7 +110,7 @@ def test_command_line_writes_whole_results(run: Any, tmp_path: Path) -> None:
     assert results["perplexity"]["first"] == results["perplexity"]["second"]
     assert results["perplexity"]["first"]["perplexity"] < 20
     assert results["checkpoint"]["sha256"] == sha256(run.checkpoint)
-    assert (results["checkpoint"]["step"], results["checkpoint"]["tau"]) == (150, 0.6)
+    assert (results["checkpoint"]["step"], results["checkpoint"]["tau"]) == (500, 0.6)
     assert results["settings"]["limit"] == 2 and results["settings"]["perplexity"]["first"].endswith("held.jsonl")
     assert {"python", "torch", "transformers", "lm_eval", "polyglu"} <= set(results["versions"])
     assert results["routing_scope"]["scope"] == "causal"

@@ -1,0 +1,51 @@
+"""Small data for tests: token sources written by hand, in the documented format."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+EOS = 0
+
+
+def write_token_source(
+    folder: Path, tokens: Sequence[int], *, vocab_size: int = 64, chunk_tokens: int = 1000, fingerprint: str = "f" * 64
+) -> Path:
+    """Write tokens as chunks and a manifest, without the code under test."""
+    folder.mkdir(parents=True, exist_ok=True)
+    array, chunks = np.asarray(tokens, dtype="<u4"), []
+    for index, start in enumerate(range(0, len(array), chunk_tokens)):
+        data = array[start : start + chunk_tokens].tobytes()
+        file = folder / f"chunk_{index:05d}.bin"
+        file.write_bytes(data)
+        ends = int((array[start : start + chunk_tokens] == EOS).sum())
+        chunks.append(
+            {"file": file.name, "tokens": len(data) // 4, "documents": ends, "sha256": hashlib.sha256(data).hexdigest()}
+        )
+    manifest = {
+        "format_version": 1,
+        "tokenizer": {"name": "test", "fingerprint": fingerprint, "vocab_size": vocab_size, "eos_id": EOS},
+        "source": {},
+        "chunk_tokens": chunk_tokens,
+        "chunks": chunks,
+        "tokens": len(array),
+        "documents": int((array == EOS).sum()),
+        "skipped": {},
+        "complete": True,
+        "cursor": {"rows": 0, "carried": 0},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def random_documents(
+    rng: np.random.Generator, n_tokens: int, vocab_size: int = 64, mean_length: int = 20
+) -> np.ndarray:
+    """Tokens ``[n_tokens]`` of documents of random lengths, EOS after each. Each token depends on the one before."""
+    steps = rng.integers(1, 4, n_tokens)
+    tokens = np.cumsum(steps) % (vocab_size - 1) + 1
+    tokens[rng.random(n_tokens) < 1 / mean_length] = EOS
+    tokens[-1] = EOS
+    return tokens
