@@ -4,6 +4,7 @@ mixture    elementwise part of a feed-forward layer, forward and backward: mixed
 step       whole training step of configs/tiny/train.yaml's model: noise, forward, loss, backward, AdamW
 
 The cases take turns, A B C A B C ..., so that a slow moment of the machine meets all of them.
+"MB kept" is what autograd holds between forward and backward.
 """
 
 import datetime
@@ -59,7 +60,10 @@ def main(
 
 
 def compare(cases: Mapping[str, Case], rounds: int, calls: int) -> dict[str, dict[str, float]]:
-    """Time cases in turns: ms of a call, and ratio to the baseline in the same round; median, least and most."""
+    """Time cases in turns: ms of a call, and ratio to the baseline in the same round; median, least and most.
+
+    Beside them, the megabytes that a call keeps for its backward pass, weights included.
+    """
     times: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(rounds + 2):
         for name, case in cases.items():
@@ -71,12 +75,25 @@ def compare(cases: Mapping[str, Case], rounds: int, calls: int) -> dict[str, dic
     results = {}
     for name, values in times.items():
         ratios = [value / base for value, base in zip(values, times[BASELINE], strict=True)]
-        results[name] = {**spread("ms", values), **spread("ratio", ratios)}
+        results[name] = {**spread("ms", values), **spread("ratio", ratios), "kept_mb": kept_bytes(cases[name]) / 1e6}
     return results
 
 
 def spread(name: str, values: list[float]) -> dict[str, float]:
     return {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
+
+
+def kept_bytes(case: Case) -> int:
+    """Size of all memory that autograd holds between forward and backward, each piece counted once."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        case()
+    return sum(kept.values())
 
 
 def mixture_cases(rows: int, columns: int, d_ff: int) -> dict[str, Case]:
@@ -163,12 +180,12 @@ def as_table(machine: Mapping[str, Any], results: Mapping[str, Mapping[str, Mapp
     table = Table(title=", ".join(f"{key} {value}" for key, value in machine.items()), title_justify="left")
     for heading in ("what", "case"):
         table.add_column(heading)
-    for heading in ("ms (min to max)", "of SwiGLU (min to max)"):
+    for heading in ("ms (min to max)", "of SwiGLU (min to max)", "MB kept"):
         table.add_column(heading, justify="right")
     for what, cases in results.items():
         for name, case in cases.items():
             cells = (f"{case[k]:.2f} ({case[f'{k}_min']:.2f} to {case[f'{k}_max']:.2f})" for k in ("ms", "ratio"))
-            table.add_row(what if name == BASELINE else "", name, *cells)
+            table.add_row(what if name == BASELINE else "", name, *cells, f"{case['kept_mb']:.1f}")
         table.add_section()
     return table
 
