@@ -8,7 +8,6 @@ other bytes. Training and fine-tuning run as the same commands that a person wou
 
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -35,7 +34,7 @@ from polyglu.logs import configure_logging
 logger = logging.getLogger(__name__)
 
 SOURCES = ("math", "stem", "code")
-TYPICAL_SECONDS = {"corpus": 5, "tokenize": 5, "pretrain": 100, "sft": 115, "evaluate": 40, "analyze": 5, "report": 5}
+TYPICAL_SECONDS = {"corpus": 5, "tokenize": 5, "pretrain": 90, "sft": 100, "evaluate": 30, "analyze": 5, "report": 5}
 """On two CPU cores; for the time left."""
 RUNNING = 1.0
 """Seconds between looks at a running training process."""
@@ -93,8 +92,6 @@ def main(
 ) -> None:
     """Run the whole system on embedded data, on the CPU."""
     configure_logging()
-    # OpenMP's threads wait for each other by spinning, on a busy machine many times longer than they work.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     run_demo(DemoPaths(output, configs))
 
 

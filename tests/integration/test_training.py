@@ -219,6 +219,15 @@ def fault(values: dict[str, Any], tmp_path: Path) -> Any:
             values["model"]["d_ff"] = 56
             values["training"]["resume_from"] = str(tmp_path / "checkpoints/portable_final.pt")
             shutil.rmtree(tmp_path / "run")
+        elif kind == "checkpoint of another tokenizer":
+            train(changed(values, total_steps=1))
+            for name in ("a", "b"):
+                path = tmp_path / f"data/{name}/manifest.json"
+                path.write_text(path.read_text().replace("f" * 64, "e" * 64))
+            values["training"]["resume_from"] = str(tmp_path / "checkpoints/portable_final.pt")
+            shutil.rmtree(tmp_path / "run")
+        elif kind == "checkpoint_dir is a file":
+            (tmp_path / "checkpoints").write_text("taken")
         elif kind == "resume from nothing":
             values["training"]["resume_from"] = "nowhere"
         return kind
@@ -238,6 +247,8 @@ def fault(values: dict[str, Any], tmp_path: Path) -> Any:
         ("short", r"less than one window"),
         ("other shape", r"portable_final\.pt: weight 'layers.0.mlp.alpha' has shape \(48, 4\)"),
         ("resume from nothing", r"training.resume_from: nowhere does not exist"),
+        ("checkpoint of another tokenizer", r"portable_final\.pt was trained with tokenizer test"),
+        ("checkpoint_dir is a file", r"training.checkpoint_dir .*checkpoints cannot be written to"),
     ],
 )
 def test_bad_input_is_one_sentence_exit_2_and_nothing_written(

@@ -55,7 +55,7 @@ def write_embedded_corpus(
     *,
     n_math: int = 6000,
     arithmetic_share: float = 0.5,
-    n_sft: int = 9000,
+    n_sft: int = 8000,
     n_test: int = 200,
     stem_characters: int = 1_500_000,
     code_characters: int = 1_500_000,

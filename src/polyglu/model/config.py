@@ -9,6 +9,9 @@ RoutingScope = Literal["sequence", "document", "causal"]
 FeedForward = Literal["polyglu", "swiglu", "geglu", "reglu", "tanhglu"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
+Size = Annotated[int, Field(ge=1, le=2**24)]
+"""A width or length; the bound keeps a damaged config from asking for all of the memory."""
+
 MAX_ACTIVATIONS = 6
 
 
@@ -21,21 +24,21 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Shape of PolychromaticLM; ``ModelConfig()`` is the paper's model, 597,153,888 parameters."""
 
-    vocab_size: PositiveInt = 151669
+    vocab_size: Size = 151669
     """Rows of the embedding, which is tied to the head."""
-    d_model: PositiveInt = 1024
+    d_model: Size = 1024
     """Width of the residual stream, D."""
-    d_ff: PositiveInt = 4096
+    d_ff: Size = 4096
     """Neurons of a feed-forward layer, F."""
-    n_layers: PositiveInt = 28
+    n_layers: Annotated[int, Field(ge=1, le=1024)] = 28
     """Blocks, L."""
-    n_q_heads: PositiveInt = 16
+    n_q_heads: Size = 16
     """Query heads."""
-    n_kv_heads: PositiveInt = 8
+    n_kv_heads: Size = 8
     """Key and value heads; each serves n_q_heads / n_kv_heads query heads."""
-    head_dim: PositiveInt = 64
+    head_dim: Size = 64
     """Width of a head; even, for RoPE pairs its halves."""
-    seq_length: PositiveInt = 4096
+    seq_length: Size = 4096
     """Longest document position, in tokens."""
     n_activations: Annotated[int, Field(ge=1, le=MAX_ACTIVATIONS)] = 4
     """Activations a neuron chooses among, K; the first K of ``polyglu.model.activations.ACTIVATIONS``."""

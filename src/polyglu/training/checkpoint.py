@@ -13,7 +13,9 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from polyglu.errors import PolygluError
 from polyglu.files import TEMPORARY_SUFFIX, flush, read_json, sha256, write_json
@@ -24,6 +26,17 @@ logger = logging.getLogger(__name__)
 
 RESUME_FOLDER = "ds_checkpoint"
 MANIFEST = "manifest.json"
+
+
+class _Manifest(BaseModel):
+    """What a resume checkpoint's manifest must hold; written last, so its files are whole."""
+
+    model_config = ConfigDict(strict=True)
+    step: PositiveInt
+    engine: str
+    world_size: PositiveInt
+    order: dict[str, Any]
+    files: Annotated[dict[str, str], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -105,18 +118,18 @@ def read_resume_point(folder: Path) -> ResumePoint:
     Raises:
         PolygluError: a file is missing or has other bytes.
     """
-    manifest = read_json(folder / MANIFEST)
+    path = folder / MANIFEST
     try:
-        for name, digest in manifest["files"].items():
-            file = folder / name
-            if not file.is_file() or sha256(file) != digest:
-                raise PolygluError(f"{file} is missing or damaged; resume from another checkpoint.")
-        point = ResumePoint(folder, manifest["step"], manifest["engine"], manifest["world_size"], manifest["order"])
-    except (KeyError, TypeError, AttributeError):
-        raise PolygluError(
-            f"{folder / MANIFEST} is not a checkpoint manifest; resume from another checkpoint."
-        ) from None
-    return point
+        manifest = _Manifest.model_validate(read_json(path))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(str(part) for part in fault["loc"])
+        raise PolygluError(f"{path}: {where}: {fault['msg']}; resume from another checkpoint.") from None
+    for name, digest in manifest.files.items():
+        file = folder / name
+        if not file.is_file() or sha256(file) != digest:
+            raise PolygluError(f"{file} is missing or damaged; resume from another checkpoint.")
+    return ResumePoint(folder, manifest.step, manifest.engine, manifest.world_size, manifest.order)
 
 
 def resume(engine: Engine, found: ResumePoint | Checkpoint | None, order: Mapping[str, Any]) -> int:

@@ -116,8 +116,11 @@ class PlainEngine:
     def load(self, folder: Path) -> None:
         """See ``Engine``."""
         state = read_tensors(folder / "state.pt")
-        self.loss.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.loss.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+            raise PolygluError(f"{folder / 'state.pt'} is no state of this run; resume from another one.") from None
 
     def close(self) -> None:
         """See ``Engine``."""

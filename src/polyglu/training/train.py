@@ -19,6 +19,7 @@ from polyglu.data.chunks import TokenSource, open_source
 from polyglu.data.dataloader import TokenLoader
 from polyglu.data.order import MixSchedule
 from polyglu.errors import PolygluError, run_command
+from polyglu.files import check_writable
 from polyglu.logs import configure_logging
 from polyglu.model.config import TrainConfig, TrainingSection
 from polyglu.model.model import Checkpoint, create_model, load_checkpoint, save_portable
@@ -56,10 +57,13 @@ def train(config: TrainConfig) -> Path:
         PolygluError: data, checkpoint or config that do not fit.
     """
     settings = config.training
-    sources = open_sources(config)
     checkpoint_dir = Path(settings.checkpoint_dir)
+    check_writable(checkpoint_dir, "training.checkpoint_dir")
+    check_writable(Path(settings.run_dir), "training.run_dir")
+    sources = open_sources(config)
     found = find_resume_point(settings.resume_from, checkpoint_dir) if settings.resume_from else None
     if isinstance(found, Checkpoint) and settings.resume_from:
+        check_tokenizer(found, sources[0], settings.resume_from)
         model, start_step = load_checkpoint(settings.resume_from, config.model)[0], found.step
         logger.info("weights and step %d from %s; it has no optimiser state", start_step, settings.resume_from)
     else:
@@ -129,6 +133,20 @@ def open_sources(config: TrainConfig) -> list[TokenSource]:
                 f"{config.model.vocab_size}; set it to at least the tokenizer's."
             )
     return sources
+
+
+def check_tokenizer(checkpoint: Checkpoint, source: TokenSource, path: str) -> None:
+    """Refuse to go on from a checkpoint that was trained on tokens of another tokenizer.
+
+    Raises:
+        PolygluError: the fingerprints differ; a published checkpoint has none.
+    """
+    expected = source.manifest["tokenizer"]["fingerprint"]
+    if checkpoint.tokenizer.get("fingerprint", expected) != expected:
+        raise PolygluError(
+            f"training.resume_from: {path} was trained with tokenizer {checkpoint.tokenizer.get('name')}, "
+            f"{source.folder} was tokenised with {source.manifest['tokenizer']['name']}; use data of that tokenizer."
+        )
 
 
 def create_loader(config: TrainConfig, sources: Sequence[TokenSource], engine: Engine) -> TokenLoader:

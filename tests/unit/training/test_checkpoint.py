@@ -240,3 +240,15 @@ def test_plain_engine_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     assert train_steps(resumed, range(3, 6)) == expected
     weights = resumed.loss.model.state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in whole.loss.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("order", None), ("step", "x"), ("step", -1), ("step", 1.5), ("step", None), ("files", {}), ("world_size", "2")],
+)
+def test_manifest_of_wrong_values_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+    path = save(tmp_path, 3) / MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(PolygluError, match=rf"manifest\.json: {key}.*; resume from another checkpoint"):
+        find_resume_point(str(path.parent), tmp_path)
+    assert find_resume_point("auto", tmp_path) is None
