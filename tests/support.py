@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,19 +26,27 @@ def write_token_source(
             {"file": file.name, "tokens": len(data) // 4, "documents": ends, "sha256": hashlib.sha256(data).hexdigest()}
         )
     manifest = {
-        "format_version": 1,
         "tokenizer": {"name": "test", "fingerprint": fingerprint, "vocab_size": vocab_size, "eos_id": EOS},
         "source": {},
         "chunk_tokens": chunk_tokens,
         "chunks": chunks,
         "tokens": len(array),
         "documents": int((array == EOS).sum()),
-        "skipped": {},
+        "rows": int((array == EOS).sum()),
+        "bad_records": {},
+        "quarantine": {"records": 0, "bytes": 0, "sha256": hashlib.sha256().hexdigest()},
         "complete": True,
-        "cursor": {"rows": 0, "carried": 0},
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed(folder, manifest)
     return folder
+
+
+def write_sealed(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest as documented: its SHA-256 over its content, keys sorted."""
+    seal = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    content = {**manifest, "format_version": 2, "sha256": seal}
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (folder / "manifest.json").write_text(text, encoding="utf-8")
 
 
 def random_documents(

@@ -12,7 +12,7 @@ from polyglu.errors import run_command
 
 STAGES = {
     "demo": ("polyglu.demo", "Run the whole system on embedded data, on the CPU, in minutes."),
-    "data": ("polyglu.data", "Tokenise documents; look at tokenised data."),
+    "data": ("polyglu.data", "Tokenise documents; check, join and look at tokenised data."),
     "train": ("polyglu.training.train", "Pre-train a model."),
     "sft": ("polyglu.sft.sft", "Fine-tune a model on conversations."),
     "eval": ("polyglu.evaluation.run_eval", "Evaluate a checkpoint with lm-evaluation-harness."),
@@ -25,6 +25,9 @@ DATA_VERBS = {
     "tokenize": ("polyglu.data.tokenize_dataset", "Tokenise documents from the hub or from files."),
     "train-tokenizer": ("polyglu.data.train_tokenizer", "Train a small BPE tokenizer on local files."),
     "inspect": ("polyglu.data.inspect", "Show what tokenised data holds."),
+    "verify": ("polyglu.data.verify", "Check every bit of tokenised data."),
+    "merge": ("polyglu.data.merge", "Join the shards of a source."),
+    "report": ("polyglu.data_report", "Lengths, cut windows, repeats and samples of tokenised data."),
 }
 """Verbs of ``polyglu data``."""
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,21 +13,40 @@ from polyglu.errors import PolygluError
 TEMPORARY_SUFFIX = ".tmp"
 
 
+class NewFile:
+    """A file that is written piece by piece under a temporary name, and gets its own with ``commit``."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.temporary = path, path.with_name(path.name + TEMPORARY_SUFFIX)
+        self.file: BinaryIO = open(self.temporary, "wb")  # noqa: SIM115  # closed by commit or discard
+
+    def commit(self) -> None:
+        """Flush the file to disk and give it its name, in place of a file that has it."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        os.replace(self.temporary, self.path)
+        flush(self.path.parent)
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        with suppress(OSError):  # what cannot be flushed, for the disk is full, is removed all the same
+            self.file.close()
+        self.temporary.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> str:
     """Create or replace ``path`` with what ``write`` puts into an open binary file; return its SHA-256 (hex)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    new = NewFile(path)
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
+        write(new.file)
+        new.file.flush()
+        digest = sha256(new.temporary)
+        new.commit()
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        new.discard()
         raise
-    digest = sha256(temporary)
-    os.replace(temporary, path)
-    flush(path.parent)
     return digest
 
 
@@ -37,7 +57,12 @@ def write_text(path: Path, text: str) -> str:
 
 def write_json(path: Path, value: Any) -> str:
     """Create or replace a JSON file atomically (sorted keys, readable); return its SHA-256 (hex)."""
-    return write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    return write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """The text that ``write_json`` writes."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def check_writable(folder: Path, name: str) -> None:
@@ -63,7 +88,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PolygluError(f"{path} does not exist.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number beyond Python's limit
         raise PolygluError(
             f"{path} is not valid JSON ({error}); make it again with the command that wrote it."
         ) from None

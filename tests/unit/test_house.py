@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "evaluation": {"model", "data", "inference"},
     "interpretability": {"model", "data", "inference"},
     "report": {"interpretability"},
-    "cli": {"demo", "data", "training", "sft", "evaluation", "interpretability", "generate"},
+    "data_report": {"data", "interpretability"},
+    "cli": {"demo", "data", "data_report", "training", "sft", "evaluation", "interpretability", "generate"},
     "demo": {"data", "training", "sft", "evaluation", "interpretability", "report"},
 }
 """Part of the package -> other parts it may import."""

@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from polyglu.data.chunks import TokenSource
-from polyglu.data.order import MixSchedule, SampleOrder
+from polyglu.data.chunks import Tokens, TokenSource
+from polyglu.data.order import Integers, MixSchedule, SampleOrder
 from polyglu.errors import PolygluError
 
 IGNORED = -100
@@ -43,11 +42,15 @@ class MicroBatch:
         """Positions that are trained."""
         return int((self.targets != IGNORED).sum())
 
+    def pin_memory(self) -> "MicroBatch":
+        """The batch in page-locked memory, from which ``to`` copies without holding up the host."""
+        return MicroBatch(
+            self.input_ids.pin_memory(), self.targets.pin_memory(), self.cu_seqlens, self.sample_ids.pin_memory()
+        )
+
     def to(self, device: torch.device) -> "MicroBatch":
         """The batch on a device; ``cu_seqlens`` stays, for it is read by the host."""
-        tensors: tuple[Tensor, ...] = (self.input_ids, self.targets, self.sample_ids)
-        if device.type == "cuda":
-            tensors = tuple(tensor.pin_memory() for tensor in tensors)
+        tensors = (self.input_ids, self.targets, self.sample_ids)
         input_ids, targets, sample_ids = (tensor.to(device, non_blocking=True) for tensor in tensors)
         return MicroBatch(input_ids, targets, self.cu_seqlens, sample_ids)
 
@@ -83,8 +86,7 @@ class TokenLoader:
         seed: int,
         vocab_size: int,
     ) -> None:
-        self.sources, self.seq_length, self.rows, self.accumulation = sources, seq_length, rows, accumulation
-        self.rank, self.world_size, self.vocab_size = rank, world_size, vocab_size
+        self.sources, self.seq_length, self.vocab_size = sources, seq_length, vocab_size
         windows = [(source.n_tokens - 1) // seq_length for source in sources]
         for source, count, first, last in zip(sources, windows, mix.start, mix.end, strict=True):
             if count < 1 and (first > 0 or last > 0):
@@ -92,6 +94,9 @@ class TokenLoader:
                     f"{source.folder}: {source.n_tokens} tokens are less than one window of seq_length + 1 = "
                     f"{seq_length + 1}; tokenise more data or choose a shorter model.seq_length."
                 )
+        micro, row = np.indices((accumulation, rows))
+        self._places = (micro * world_size + rank) * rows + row  # [accumulation, B], this rank's in the global order
+        self._eos_ids = np.array([source.eos_id for source in sources])
         samples_per_step = rows * accumulation * world_size
         digests = [source.digest for source in sources]
         self.order = SampleOrder([max(1, count) for count in windows], digests, mix, samples_per_step, seed)
@@ -110,40 +115,41 @@ class TokenLoader:
         Raises:
             PolygluError: a token id outside the vocabulary.
         """
-        sources, windows = self.order.step(step)
-        batches = []
-        for micro in range(self.accumulation):
-            first = (micro * self.world_size + self.rank) * self.rows
-            places = range(first, first + self.rows)
-            tokens = np.stack([self._window(sources[place], windows[place]) for place in places])
-            ids = torch.arange(first, first + self.rows) + step * self.order.samples_per_step
-            eos = [self.sources[sources[place]].eos_id for place in places]
-            batches.append(pack_windows(tokens, np.array(eos), ids))
-        return batches
+        sources, windows = (values[self._places] for values in self.order.step(step))
+        sample_ids = step * self.order.samples_per_step + self._places
+        return pack_windows(self._read(sources, windows), self._eos_ids[sources], sample_ids)
 
-    def _window(self, source_index: int, window: int) -> NDArray[np.int64]:
-        source = self.sources[source_index]
-        start = int(window) * self.seq_length
-        tokens = source.read(start, start + self.seq_length + 1).astype(np.int64)
+    def _read(self, sources: Integers, windows: Integers) -> Tokens:
+        """Tokens ``[accumulation, B, T + 1]`` of windows ``[accumulation, B]`` of the given sources."""
+        tokens = np.empty((*windows.shape, self.seq_length + 1), dtype=np.uint32)
+        for index, source in enumerate(self.sources):
+            mine = sources == index
+            tokens[mine] = source.read_rows(windows[mine] * self.seq_length, self.seq_length + 1)
         if tokens.max() >= self.vocab_size:
-            position = start + int(tokens.argmax())
+            *row, column = np.unravel_index((tokens >= self.vocab_size).argmax(), tokens.shape)
+            place = windows[*row] * self.seq_length + column
             raise PolygluError(
-                f"{source.folder}: token {position} has id {tokens.max()}, outside the model's vocab_size "
-                f"{self.vocab_size}; the data was made with another tokenizer or is damaged."
+                f"{self.sources[sources[*row]].folder}: token {place} has id {tokens[*row, column]}, outside the "
+                f"model's vocab_size {self.vocab_size}; the data was made with another tokenizer or is damaged."
             )
         return tokens
 
 
-def pack_windows(tokens: NDArray[np.int64], eos_ids: NDArray[np.int64], sample_ids: Tensor) -> MicroBatch:
-    """Rows ``[B, T + 1]`` of tokens as a micro batch; a document ends after each row's ``eos_ids[row]``."""
-    inputs, targets = tokens[:, :-1], tokens[:, 1:].copy()
-    ends = inputs == eos_ids[:, None]
-    targets[ends] = IGNORED
-    ends[:, -1] = True  # a row's end ends its last document too
-    bounds = np.concatenate([[0], np.flatnonzero(ends) + 1])
-    return MicroBatch(
-        input_ids=torch.from_numpy(inputs.copy()),
-        targets=torch.from_numpy(targets),
-        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
-        sample_ids=sample_ids,
-    )
+def pack_windows(tokens: Tokens, eos_ids: Integers, sample_ids: Integers) -> list[MicroBatch]:
+    """Windows as micro batches, all at once, for one by one takes longer than reading them.
+
+    Args:
+        tokens: ``[micro batches, B, T + 1]``.
+        eos_ids: ``[micro batches, B]``; a document ends after each of them in its row.
+        sample_ids: ``[micro batches, B]``.
+    """
+    inputs, targets = tokens[..., :-1].astype(np.int64), tokens[..., 1:].astype(np.int64)
+    ends = tokens[..., :-1] == eos_ids[..., None].astype(np.uint32)
+    targets.reshape(-1)[np.flatnonzero(ends)] = IGNORED
+    ends[..., -1] = True  # a row's end ends its last document too
+    micro, place = np.divmod(np.flatnonzero(ends), inputs[0].size)
+    bounds = np.zeros(len(micro) + len(tokens), dtype=np.int32)  # each micro batch's begin with 0
+    bounds[np.arange(len(micro)) + micro + 1] = place + 1
+    cu_seqlens = torch.split(torch.from_numpy(bounds), (np.bincount(micro) + 1).tolist())
+    tensors = (torch.from_numpy(inputs), torch.from_numpy(targets), cu_seqlens, torch.from_numpy(sample_ids))
+    return [MicroBatch(*parts) for parts in zip(*tensors, strict=True)]

@@ -3,6 +3,7 @@
 Shows where the tokens come from, the chunks, how long the documents are, and some of them decoded.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,13 +15,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from polyglu.data.chunks import TokenSource, check_chunk_hashes, open_source
-from polyglu.data.tokenizer import Tokenizer, load_tokenizer
+from polyglu.data.chunks import TokenSource, open_source
+from polyglu.data.statistics import Sample, length_statistics, take_samples
+from polyglu.data.tokenizer import load_tokenizer
+from polyglu.data.verify import byte_progress, data_bytes, require_intact
 from polyglu.errors import PolygluError, run_command
-
-SHOWN_TOKENS = 256
-"""Tokens of a document that are decoded."""
-PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 
 
 def document_lengths(source: TokenSource) -> npt.NDArray[np.int64]:
@@ -37,12 +36,13 @@ def main(
     folder: Annotated[Path, typer.Argument(help="Folder of token chunks.")],
     documents: Annotated[int, typer.Option(min=0, help="Documents to decode, evenly spread over the source.")] = 3,
     tokenizer: Annotated[str | None, typer.Option(help="Default: the one that the manifest names.")] = None,
-    verify: Annotated[bool, typer.Option(help="Compare every chunk with its SHA-256.")] = False,
+    verify: Annotated[bool, typer.Option(help="Check every bit first, as polyglu data verify does.")] = False,
 ) -> None:
     """Show tokenised data: documents decoded, lengths, counts."""
-    source = open_source(folder)
     if verify:
-        check_chunk_hashes(folder, source.manifest)
+        with byte_progress() as progress:
+            require_intact(folder, partial(progress.advance, progress.add_task("verify", total=data_bytes(folder))))
+    source = open_source(folder)
     loaded = load_tokenizer(tokenizer or source.manifest["tokenizer"]["name"])
     if loaded.fingerprint != source.manifest["tokenizer"]["fingerprint"]:
         raise PolygluError(
@@ -52,8 +52,8 @@ def main(
     console = Console()
     console.print(_overview(source, lengths))
     console.print(_chunk_table(source))
-    for index in np.linspace(0, len(lengths) - 1, num=min(documents, len(lengths)), dtype=np.int64):
-        console.print(_document(source, loaded, lengths, int(index)))
+    for sample in take_samples(source, loaded, lengths, documents):
+        console.print(sample_panel(sample))
 
 
 def _overview(source: TokenSource, lengths: npt.NDArray[np.int64]) -> Table:
@@ -67,12 +67,12 @@ def _overview(source: TokenSource, lengths: npt.NDArray[np.int64]) -> Table:
     table.add_row("tokenizer", f"{manifest['tokenizer']['name']} ({source.vocab_size:,} tokens)")
     table.add_row("tokens", f"{source.n_tokens:,}")
     table.add_row("documents", f"{manifest['documents']:,}")
+    bad = ", ".join(f"{count:,} {kind}" for kind, count in manifest["bad_records"].items())
+    table.add_row("bad records", bad or "none")
+    values = length_statistics(lengths)
     table.add_row(
-        "skipped rows", ", ".join(f"{count:,} {kind}" for kind, count in manifest["skipped"].items()) or "none"
+        "document length", "  ".join(f"{name}: {value:,.0f}" for name, value in values.items()) + "  (tokens)"
     )
-    values = zip(PERCENTILES, np.percentile(lengths, PERCENTILES), strict=True)
-    table.add_row("document length", "  ".join(f"{percent}%: {value:,.0f}" for percent, value in values) + "  (tokens)")
-    table.add_row("mean length", f"{lengths.mean():,.1f} tokens")
     return table
 
 
@@ -84,12 +84,11 @@ def _chunk_table(source: TokenSource) -> Table:
     return table
 
 
-def _document(source: TokenSource, tokenizer: Tokenizer, lengths: npt.NDArray[np.int64], index: int) -> Panel:
-    start, length = int(lengths[:index].sum()), int(lengths[index])
-    shown = min(length, SHOWN_TOKENS)
-    text = tokenizer.decode(source.read(start, start + shown).tolist())
-    more = "" if shown == length else f", first {shown} shown"
-    return Panel(Text(text), title=f"document {index:,}: {length:,} tokens{more}", title_align="left")
+def sample_panel(sample: Sample, source: str = "") -> Panel:
+    """A document in a frame, on whose top its length stands."""
+    more = "" if sample.shown == sample.length else f", first {sample.shown} shown"
+    title = f"{source} document {sample.document:,}: {sample.length:,} tokens{more}".strip()
+    return Panel(Text(sample.text), title=Text(title), title_align="left")
 
 
 if __name__ == "__main__":

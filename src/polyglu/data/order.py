@@ -3,14 +3,15 @@
     step ──► cumulative quota of each source (exact, never a draw) ──► (source, ordinal) of the step's samples
          ──► shuffled within the step ──► ordinal -> (epoch, place) ──► keyed permutation of the epoch ──► window
 
-Nothing is remembered between steps: a resume is one integer, and any number of ranks sees the same global order.
+A resume is one integer, and any number of ranks sees the same global order. Steps are computed in blocks, for speed;
+nothing that is kept between them decides anything.
 """
 
 import hashlib
 import math
-from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,8 @@ from numpy.typing import NDArray
 Integers = NDArray[np.int64]
 ROUNDING = 1e-6
 """Windows within which a target counts as whole, against the rounding of sums of shares."""
+BLOCK_SAMPLES = 8192
+"""Samples whose places are computed at once."""
 
 
 @dataclass(frozen=True)
@@ -57,22 +60,23 @@ class SampleOrder:
     ) -> None:
         self.windows, self.samples_per_step, self.seed = tuple(windows), samples_per_step, seed
         self.total_steps = mix.total_steps
-        self._keys = [_key(f"{seed}/{digest}") for digest in digests]
+        self._source_keys = _keys(f"{seed}/{digest}" for digest in digests)
         shares = mix.at(np.arange(mix.total_steps))
         targets = np.vstack([np.zeros(len(self.windows)), np.cumsum(shares, axis=0) * samples_per_step])
         self.quotas = cumulative_quotas(targets, samples_per_step)
+        self._block = lru_cache(maxsize=1)(self._samples)
 
     def step(self, step: int) -> tuple[Integers, Integers]:
-        """Sources and windows ``[samples_per_step]`` of one step's samples, in global order."""
-        before, after = self.quotas[step], self.quotas[step + 1]
-        sources = np.repeat(np.arange(len(self.windows)), after - before)
-        ordinals = np.concatenate([np.arange(first, last) for first, last in zip(before, after, strict=True)])
-        windows = np.empty_like(ordinals)
-        for source in np.unique(sources):
-            mine = sources == source
-            windows[mine] = self._window(int(source), ordinals[mine])
-        shuffle = permute(np.arange(len(sources)), len(sources), _key(f"{self.seed}/step/{step}"))
-        return sources[shuffle], windows[shuffle]
+        """Sources and windows ``[samples_per_step]`` of one step's samples, in global order.
+
+        Raises:
+            IndexError: the run has no such step.
+        """
+        if not 0 <= step < self.total_steps:
+            raise IndexError(f"step {step} of a run of {self.total_steps} steps")
+        steps = max(1, BLOCK_SAMPLES // self.samples_per_step)
+        sources, windows = self._block(step // steps * steps, steps)
+        return sources[step % steps], windows[step % steps]
 
     def sample(self, index: int) -> tuple[int, int]:
         """Source and window of sample ``index``, counted over the whole run."""
@@ -80,15 +84,30 @@ class SampleOrder:
         sources, windows = self.step(step)
         return int(sources[place]), int(windows[place])
 
-    def _window(self, source: int, ordinals: Integers) -> Integers:
+    def _samples(self, first: int, steps: int) -> tuple[Integers, Integers]:
+        """Sources and windows ``[steps, samples_per_step]`` from step ``first`` on; fewer steps where the run ends."""
+        quotas = self.quotas[first : first + steps + 1]
+        counts = np.diff(quotas, axis=0)  # [steps, sources]
+        sources = np.repeat(np.tile(np.arange(len(self.windows)), len(counts)), counts.ravel())
+        # The n-th of its source in its step has the ordinal (samples of the source before that step) + n.
+        begins = (np.cumsum(counts) - counts.ravel()).reshape(counts.shape)
+        ordinals = np.arange(len(sources)) + np.repeat((quotas[:-1] - begins).ravel(), counts.ravel())
+        windows = np.empty_like(ordinals)
+        for source in range(len(self.windows)):
+            mine = sources == source
+            windows[mine] = self._windows(source, ordinals[mine])
+        keys = _keys(f"{self.seed}/step/{first + step}" for step in range(len(counts)))
+        n = self.samples_per_step
+        shuffle = permute(np.tile(np.arange(n), (len(counts), 1)), n, keys[:, None])
+        in_order = np.arange(len(counts))[:, None] * n + shuffle
+        return sources[in_order], windows[in_order]
+
+    def _windows(self, source: int, ordinals: Integers) -> Integers:
         """Window of the n-th sample drawn from a source: each epoch is a permutation of its own."""
-        size = self.windows[source]
-        epochs, places = np.divmod(ordinals, size)
-        result = np.empty_like(ordinals)
-        for epoch in np.unique(epochs):
-            mine = epochs == epoch
-            result[mine] = permute(places[mine], size, _key(f"{self._keys[source]}/{epoch}"))
-        return result
+        epochs, places = np.divmod(ordinals, self.windows[source])
+        distinct, which = np.unique(epochs, return_inverse=True)
+        keys = _keys(f"{self._source_keys[source]}/{epoch}" for epoch in distinct)
+        return permute(places, self.windows[source], keys[which])
 
 
 def cumulative_quotas(targets: NDArray[np.float64], samples_per_step: int) -> Integers:
@@ -106,39 +125,53 @@ def cumulative_quotas(targets: NDArray[np.float64], samples_per_step: int) -> In
         ``[steps + 1, sources]``, never falling; row ``s`` sums to ``s * samples_per_step``.
     """
     floors = np.floor(targets + ROUNDING).astype(np.int64)
-    ceilings = np.ceil(targets - ROUNDING).astype(np.int64).tolist()
-    demands = [floors[:, source].tolist() for source in range(targets.shape[1])]
-    taken = [0] * len(demands)
-    quotas = np.zeros_like(floors)
-    for step, due in enumerate(floors.tolist()):
-        taken = [max(now, least) for now, least in zip(taken, due, strict=True)]
-        spare = step * samples_per_step - sum(taken)
-        if spare:
-            allowed = [source for source, most in enumerate(ceilings[step]) if taken[source] < most]
-            allowed.sort(key=lambda source: bisect_left(demands[source], taken[source] + 1, lo=step))
-            for source in allowed[:spare]:
-                taken[source] += 1
-        quotas[step] = taken
+    whole = np.ceil(targets - ROUNDING).astype(np.int64) == floors
+    spare = np.arange(len(floors)) * samples_per_step - floors.sum(axis=1)
+    # Each step's sources by when their next sample is demanded; those that may not have one yet come last.
+    demanded = np.stack([np.searchsorted(column, column + 1) for column in floors.T], axis=1)
+    ranking = np.argsort(np.where(whole, len(floors) + 1, demanded), axis=1, kind="stable")
+    extra = np.zeros_like(whole)  # whether a source has one sample more than its floor
+    np.put_along_axis(extra, ranking, np.arange(floors.shape[1]) < spare[:, None], axis=1)
+    # That is all, unless a source had one more in the step before and its floor stands still: then it keeps it.
+    keeps = np.zeros_like(whole)
+    keeps[1:] = ~whole[:-1] & (floors[1:] == floors[:-1])
+    steps = np.flatnonzero(keeps.any(axis=1))
+    for step, may, ranks, most in zip(
+        steps.tolist(), keeps[steps].tolist(), ranking[steps].tolist(), spare[steps].tolist(), strict=True
+    ):
+        kept = [source for source, had in enumerate(extra[step - 1].tolist()) if had and may[source]]
+        if kept:
+            chosen = (kept + [source for source in ranks if source not in kept])[:most]
+            extra[step] = [source in chosen for source in range(len(may))]
+    quotas: Integers = floors + extra
     return quotas
 
 
-def permute(index: Integers, size: int, key: int) -> Integers:
+def permute(index: Integers, size: int, key: int | NDArray[np.uint64]) -> Integers:
     """A permutation of ``range(size)`` chosen by ``key``, at the given places only.
 
     A four-round Feistel network over the next even number of bits; values outside the range are fed through again
     (cycle walking), so nothing of length ``size`` is ever made.
+
+    Args:
+        index: places, of any shape.
+        size: length of the permutation.
+        key: one for all places, or an array that broadcasts to theirs.
     """
     half = max(1, math.ceil((size - 1).bit_length() / 2))
-    mask = np.uint64((1 << half) - 1)
-    values = np.asarray(index).astype(np.uint64)
-    outside = np.ones(values.shape, dtype=bool)
-    while outside.any():
-        left, right = values[outside] >> np.uint64(half), values[outside] & mask
+    mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
+    values = np.asarray(index).astype(np.uint64).ravel()
+    keys = np.broadcast_to(np.asarray(key, dtype=np.uint64), np.shape(index)).ravel()
+    outside = np.arange(len(values))
+    while len(outside):
+        walking, walking_keys = values[outside], keys[outside]
+        left, right = walking >> shift, walking & mask
         for round_number in range(4):
-            left, right = right, left ^ (_mix(right + np.uint64((key + round_number) & 0xFFFFFFFFFFFFFFFF)) & mask)
-        values[outside] = (left << np.uint64(half)) | right
-        outside = values >= size
-    return values.astype(np.int64)
+            left, right = right, left ^ (_mix(right + (walking_keys + np.uint64(round_number))) & mask)
+        walking = (left << shift) | right
+        values[outside] = walking
+        outside = outside[walking >= size]
+    return values.astype(np.int64).reshape(np.shape(index))
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -149,5 +182,6 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def _key(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+def _keys(texts: Iterable[str]) -> NDArray[np.uint64]:
+    """A 64-bit key of each text."""
+    return np.array([int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") for text in texts], np.uint64)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from rich.progress import Progress
 from torch import Tensor
 
 from polyglu.data.chat import ROLES, Message, encode_conversations
+from polyglu.data.data_file import DataFile, local_file
 from polyglu.data.dataloader import IGNORED
-from polyglu.data.hub import resolve_revision, stream_rows
-from polyglu.data.sources import Row, file_rows
+from polyglu.data.hub import dataset_files, resolve_revision
+from polyglu.data.rows import Row, file_rows
 from polyglu.data.tokenizer import Tokenizer, is_text
 from polyglu.errors import PolygluError
 
@@ -84,7 +85,7 @@ def load_conversations(
         PolygluError: nothing to read, unreadable, no usable conversation, or a tokenizer without ChatML tokens.
     """
     what = ", ".join(str(file) for file in files) or str(dataset)
-    stream = file_rows(files) if files else _hub_rows(dataset, config, splits, revision)
+    stream = file_rows([local_file(file) for file in files] or _hub_files(dataset, config, splits, revision))
     counts: Counter[str] = Counter(used=0, tools=0, malformed=0, too_long=0)
     tokens: list[npt.NDArray[np.uint32]] = []
     learned: list[npt.NDArray[np.bool_]] = []
@@ -110,12 +111,12 @@ def load_conversations(
     return Conversations(np.concatenate(tokens), np.concatenate(learned), offsets, dict(counts))
 
 
-def _hub_rows(dataset: str | None, config: str | None, splits: Sequence[str], revision: str | None) -> Iterator[Row]:
+def _hub_files(dataset: str | None, config: str | None, splits: Sequence[str], revision: str | None) -> list[DataFile]:
     if dataset is None:
         raise PolygluError("give the conversations: 'files' (local .jsonl or .parquet) or 'dataset' (a hub dataset).")
     commit = resolve_revision(dataset, revision)
     log.info("dataset %s at commit %s", dataset, commit)
-    return chain.from_iterable(stream_rows(dataset, config, split, commit) for split in splits)
+    return [file for split in splits for file in dataset_files(dataset, config, split, commit)]
 
 
 def _usable(rows: Sequence[Row], counts: Counter[str]) -> Iterator[list[Message]]:

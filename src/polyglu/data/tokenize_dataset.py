@@ -1,6 +1,7 @@
 """Tokenise text into chunks: ``python -m src.data.tokenize_dataset``.
 
-    rows of a source ─► text (or a counted skip) ─► batches ─► token ids + EOS ─► budget ─► ChunkWriter
+    files of a source ─► read_blocks ─► text_batches ─► Encoder ─► ChunkWriter ─► chunks, quarantine, manifest
+                         └─ a thread, ahead ──────┘    └ ahead ┘   └ hashes and writes meanwhile
 
 Interrupted at any moment, the same command continues and ends with the same bytes as an uninterrupted run.
 """
@@ -8,49 +9,69 @@ Interrupted at any moment, the same command continues and ends with the same byt
 import fcntl
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from itertools import chain, islice
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from polyglu.config_file import load_config, validate
-from polyglu.data.chunks import ChunkWriter, check_chunk_sizes, end_cursor, new_manifest, read_manifest
-from polyglu.data.hub import resolve_revision
-from polyglu.data.sources import Row, SourcesConfig, TextSource, describe, rows
-from polyglu.data.tokenizer import Tokenizer, is_text, load_tokenizer
+from polyglu.data.chunk_writer import ChunkWriter, DocumentBatch, end_cursor
+from polyglu.data.chunks import check_chunk_sizes
+from polyglu.data.data_file import DataFile, local_file
+from polyglu.data.documents import text_batches
+from polyglu.data.encoding import Encoder
+from polyglu.data.hub import dataset_files, resolve_revision
+from polyglu.data.manifest import QUARANTINE, new_manifest, read_manifest
+from polyglu.data.prefetch import prefetch
+from polyglu.data.readers import read_blocks
+from polyglu.data.sources import Shard, SourcesConfig, TextSource, describe, parse_shard
+from polyglu.data.tokenizer import Tokenizer, load_tokenizer
 from polyglu.errors import PolygluError, run_command
 from polyglu.files import check_writable
 from polyglu.logs import configure_logging
 
 log = logging.getLogger(__name__)
 
-BATCH_ROWS = 512
-"""Documents encoded together."""
+BATCHES_AHEAD = 2
+"""Batches that wait between reading and encoding, and between encoding and writing."""
+JUDGED_ROWS = 1000
+"""Rows from which on the share of bad ones is judged while running; it always is at the end."""
 COMMIT_DIGITS = 40
 
-Batch = list[tuple[str, str | None]]
-"""(text, None), or ("", why the row is skipped)."""
 
-
-def tokenize_source(source: TextSource, tokenizer: Tokenizer, chunk_tokens: int) -> dict[str, Any]:
+def tokenize_source(
+    source: TextSource, tokenizer: Tokenizer, chunk_tokens: int, *, shard: Shard | None = None, fast: bool = True
+) -> dict[str, Any]:
     """Write the chunks of one source to ``source.output``, or continue there; return the manifest.
 
+    Args:
+        source: what to read.
+        tokenizer: encodes it.
+        chunk_tokens: tokens a chunk.
+        shard: take only this part of the source's files, and its part of the budget, into a folder of its own.
+        fast: whether the fast encoder may be used.
+
     Raises:
-        PolygluError: the source cannot be read, holds no text or no such field; its first document exceeds the
-            budget; the folder holds other data or is in use.
+        PolygluError: the source cannot be read, holds no text or no such field, or too many bad records; its first
+            document exceeds the budget; the folder holds other data or is in use; the disk is full.
     """
-    folder = Path(source.output)
+    folder = Path(source.output) / shard.folder if shard else Path(source.output)
+    if shard and source.max_tokens:
+        source = source.model_copy(update={"max_tokens": max(1, source.max_tokens // shard.of)})
     with _exclusive(folder):
         recorded = read_manifest(folder)
         revision = _revision(source, recorded)
+        if recorded is not None and recorded["complete"] and revision is not None:
+            files, listing = [], recorded["source"]["files"]  # what is complete needs no hub
+        else:
+            files = _files(source, revision, shard)
+            listing = [{"path": file.path, "bytes": file.bytes} for file in files]
         identity = {**tokenizer.identity(), "vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
-        manifest = new_manifest(identity, describe(source, revision), chunk_tokens)
+        manifest = new_manifest(identity, describe(source, revision, listing, shard), chunk_tokens)
         if recorded is not None:
             _check_same_settings(folder, recorded, manifest)
             check_chunk_sizes(folder, recorded)
@@ -58,70 +79,68 @@ def tokenize_source(source: TextSource, tokenizer: Tokenizer, chunk_tokens: int)
         if manifest["complete"]:
             log.info("%s is complete: %s tokens; nothing to do", folder, f"{manifest['tokens']:,}")
             return manifest
-        writer = ChunkWriter(folder, manifest)
-        _write_documents(writer, rows(source, revision, skip=end_cursor(manifest)[0]), source, tokenizer)
-        writer.finish()
+        with closing(ChunkWriter(folder, manifest, [file.path for file in files])) as writer:
+            encoder = Encoder(tokenizer, fast, writer.files)
+            with closing(prefetch(_encoded(source, files, end_cursor(manifest), encoder), BATCHES_AHEAD)) as batches:
+                _write(writer, batches, source)
+            _judge(writer, source)
+            if not writer.tokens and not shard:
+                raise PolygluError(f"{_name(source)} holds no text in '{source.text_field}'.")
+            writer.finish()
         return writer.manifest
 
 
-def _write_documents(writer: ChunkWriter, stream: Iterator[Row], source: TextSource, tokenizer: Tokenizer) -> None:
-    """Encode rows in batches and hand them to the writer until the source or its budget ends."""
-    what = source.dataset or ", ".join(source.files)
+def _encoded(
+    source: TextSource, files: Sequence[DataFile], start: Mapping[str, int], encoder: Encoder
+) -> Iterator[DocumentBatch]:
+    blocks = read_blocks(files, source.text_field, start, source.max_document_bytes)
+    for batch in prefetch(text_batches(blocks, source.max_document_bytes), BATCHES_AHEAD):
+        yield encoder.encode(batch)
+
+
+def _write(writer: ChunkWriter, batches: Iterator[DocumentBatch], source: TextSource) -> None:
+    """Hand batches to the writer until the source or its budget ends."""
+    within_budget = True
     with _progress() as progress:
-        task = progress.add_task(f"tokenise {what}", total=source.max_tokens, completed=writer.tokens, rate="")
-        if not writer.rows:
-            stream = _check_field(stream, source.text_field, what)
-        for batch in _batches(stream, source.text_field):
-            within_budget = _write_batch(writer, batch, source.max_tokens, tokenizer)
+        task = progress.add_task(f"tokenise {_name(source)}", total=source.max_tokens, completed=writer.tokens, rate="")
+        for batch in batches:
+            within_budget = writer.add(batch, source.max_tokens)
+            if writer.rows >= JUDGED_ROWS:
+                _judge(writer, source)
             speed = progress.tasks[task].speed
             progress.update(task, completed=writer.tokens, rate=f"{speed:,.0f} tokens/s" if speed else "")
             if not within_budget:
                 break
-    if not writer.tokens:
-        raise PolygluError(f"{what} holds no text in '{source.text_field}' (skipped rows: {writer.skipped or 'none'}).")
+    if not within_budget and not writer.tokens:
+        raise PolygluError(
+            f"the first document of {_name(source)} has more tokens than max_tokens {source.max_tokens}; raise it."
+        )
 
 
-def _write_batch(writer: ChunkWriter, batch: Batch, budget: int | None, tokenizer: Tokenizer) -> bool:
-    """Write a batch up to the first document that would exceed the budget; return whether all of it fitted."""
-    encoded = iter(tokenizer.encode_batch([text for text, skip in batch if skip is None]))
-    for _, skip in batch:
-        if skip is not None:
-            writer.skip_row(skip)
-            continue
-        document = np.array([*next(encoded), tokenizer.eos_id], dtype=np.uint32)
-        if budget is not None and writer.tokens + len(document) > budget:
-            if not writer.tokens:
-                raise PolygluError(
-                    f"the first document has {len(document):,} tokens, more than max_tokens {budget:,}; raise it."
-                )
-            return False
-        writer.add_document(document)
-    return True
+def _judge(writer: ChunkWriter, source: TextSource) -> None:
+    if writer.dropped > source.max_bad_share * writer.rows:
+        raise PolygluError(
+            f"{writer.dropped:,} of the first {writer.rows:,} rows of {_name(source)} are bad records "
+            f"({_kinds(writer)}), more than max_bad_share {source.max_bad_share:g}; see "
+            f"{writer.folder / QUARANTINE}, and mend the source or raise max_bad_share and run the command again."
+        )
 
 
-def _check_field(stream: Iterator[Row], text_field: str, what: str) -> Iterator[Row]:
-    """Return the same rows after a look at the first one, which must have the field."""
-    first = next(stream, None)
-    if first is None:
-        return stream
-    if text_field not in first:
-        raise PolygluError(f"{what} has no field '{text_field}'; its fields are {', '.join(first)}: set text_field.")
-    return chain([first], stream)
+def _kinds(writer: ChunkWriter) -> str:
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(writer.bad_records.items())) or "none"
 
 
-def _batches(stream: Iterator[Row], text_field: str) -> Iterator[Batch]:
-    while batch := list(islice(stream, BATCH_ROWS)):
-        yield [_text_or_skip(row.get(text_field)) for row in batch]
+def _name(source: TextSource) -> str:
+    more = f" and {len(source.files) - 1} more files" if len(source.files) > 1 else ""
+    return source.dataset or source.files[0] + more
 
 
-def _text_or_skip(value: object) -> tuple[str, str | None]:
-    if not isinstance(value, str):
-        return "", "not_text"
-    if not value.strip():
-        return "", "empty"
-    if not is_text(value):
-        return "", "lone_surrogate"
-    return value, None
+def _files(source: TextSource, revision: str | None, shard: Shard | None) -> list[DataFile]:
+    if source.dataset is not None and revision is not None:
+        files = dataset_files(source.dataset, source.config, source.split, revision)
+    else:
+        files = [local_file(Path(file)) for file in source.files]
+    return files[shard.index :: shard.of] if shard else files
 
 
 def _revision(source: TextSource, recorded: dict[str, Any] | None) -> str | None:
@@ -188,13 +207,19 @@ def main(
     sources: Annotated[Path | None, typer.Option(help="Sources file; then --source or --all.")] = None,
     source: Annotated[list[str] | None, typer.Option(help="Name in the sources file; repeatable.")] = None,
     all_sources: Annotated[bool, typer.Option("--all", help="Every source of the sources file.")] = False,
+    shard: Annotated[
+        str | None, typer.Option(help="i/N: the i-th (from 0) of N workers; then polyglu data merge.")
+    ] = None,
+    max_bad_share: Annotated[float | None, typer.Option(help="Share of bad records that stops; default: 0.05.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="fast (default) or reference; the same tokens.")] = None,
 ) -> None:
     """Turn a hub dataset, local files or the sources of a config file into token chunks; continues if interrupted."""
     configure_logging()
     origin = dict(dataset=dataset, config=config, split=split, revision=revision, text_field=text_field,
                   files=[str(file) for file in files] if files else None, max_tokens=max_tokens,
-                  output=str(output) if output else None)  # fmt: skip
-    encoding = {"tokenizer": tokenizer, "chunk_tokens": chunk_tokens}
+                  max_bad_share=max_bad_share, output=str(output) if output else None)  # fmt: skip
+    encoding = {"tokenizer": tokenizer, "chunk_tokens": chunk_tokens, "encoder": encoder}
+    part = parse_shard(shard) if shard else None
     if sources is not None:
         plan = _plan_of_file(sources, source or [], all_sources, given={**origin, **encoding})
     elif output is None or source or all_sources:
@@ -204,9 +229,10 @@ def main(
         plan = validate(SourcesConfig, values, source="command line")
     loaded = load_tokenizer(plan.tokenizer)
     for name, chosen in plan.sources.items():
-        manifest = tokenize_source(chosen, loaded, plan.chunk_tokens)
+        manifest = tokenize_source(chosen, loaded, plan.chunk_tokens, shard=part, fast=plan.encoder == "fast")
         counts = f"{manifest['tokens']:,} tokens, {manifest['documents']:,} documents, {len(manifest['chunks'])} chunks"
-        log.info("%s: %s in %s; skipped rows: %s", name, counts, chosen.output, manifest["skipped"] or "none")
+        bad = ", ".join(f"{count:,} {kind}" for kind, count in sorted(manifest["bad_records"].items()))
+        log.info("%s: %s in %s; bad records: %s", name, counts, chosen.output, bad or "none")
 
 
 def _plan_of_file(path: Path, names: list[str], all_sources: bool, given: dict[str, Any]) -> SourcesConfig:

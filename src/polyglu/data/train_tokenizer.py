@@ -9,12 +9,18 @@ from typing import Annotated
 
 import typer
 
-from polyglu.data.sources import file_rows
-from polyglu.data.tokenizer import is_text, train_bpe
+from polyglu.data.chunk_writer import START
+from polyglu.data.data_file import local_file
+from polyglu.data.documents import text_batches
+from polyglu.data.readers import read_blocks
+from polyglu.data.tokenizer import train_bpe
 from polyglu.errors import PolygluError, run_command
 from polyglu.logs import configure_logging
 
 log = logging.getLogger(__name__)
+
+MAX_DOCUMENT_BYTES = 1 << 30
+"""A longer document is left out."""
 
 
 def main(
@@ -27,8 +33,9 @@ def main(
     configure_logging()
     if output.exists() and not output.is_dir():
         raise PolygluError(f"output {output} is a file; give a folder for tokenizer.json.")
-    texts = [row[text_field] for row in file_rows(files) if is_text(row.get(text_field))]
-    if not any(texts):
+    blocks = read_blocks([local_file(file) for file in files], text_field, START, MAX_DOCUMENT_BYTES)
+    texts = [text for batch in text_batches(blocks, MAX_DOCUMENT_BYTES) for text in batch.texts.to_pylist()]
+    if not texts:
         raise PolygluError(f"{', '.join(map(str, files))}: no text in the column '{text_field}'; set --text-field.")
     tokenizer = train_bpe(texts, vocab_size, output)
     log.info("%s: %d tokens, learnt from %d documents", output, tokenizer.vocab_size, len(texts))

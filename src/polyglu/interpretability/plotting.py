@@ -51,7 +51,7 @@ def neurotransmitter_heatmap(static: Tensor, effective: Tensor, caption: str) ->
         caption: printed below.
     """
     n_layers, n_neurons, n_activations = static.shape
-    figure, body = _figure("Which activation each neuron prefers", 11, min(11.0, 3.2 + 0.2 * n_layers), caption)
+    figure, body = titled_figure("Which activation each neuron prefers", 11, min(11.0, 3.2 + 0.2 * n_layers), caption)
     panels = body.subplots(1, 2, sharey=True)
     order = neuron_order(static, effective)
     titles = ("static: softmax(α), before any text", "effective: full logits, mean over real text")
@@ -78,7 +78,7 @@ def layer_distribution(static: Tensor, effective: Tensor, caption: str) -> Figur
         caption: printed below.
     """
     n_layers, _, n_activations = static.shape
-    figure, body = _figure("Activations used in each layer", 11, 5, caption)
+    figure, body = titled_figure("Activations used in each layer", 11, 5, caption)
     panels = body.subplots(1, 2, sharey=True)
     colours = [activation.colour for activation in ACTIVATIONS[:n_activations]]
     _stacked_bars(panels[0], preference_shares(static), [*colours, NO_PREFERENCE[1]])
@@ -101,7 +101,9 @@ def entropy_per_layer(entropies: Mapping[str, Tensor], max_entropy: float, capti
         max_entropy: ln K.
         caption: printed below.
     """
-    figure, body = _figure("Routing entropy of each layer, mean and standard deviation over neurons", 11, 5, caption)
+    figure, body = titled_figure(
+        "Routing entropy of each layer, mean and standard deviation over neurons", 11, 5, caption
+    )
     panel = body.subplots()
     n_layers = len(next(iter(entropies.values())))
     for index, (label, values) in enumerate(entropies.items()):
@@ -126,7 +128,7 @@ def entropy_histogram(entropies: Mapping[str, Tensor], max_entropy: float, capti
         max_entropy: ln K.
         caption: printed below.
     """
-    figure, body = _figure(
+    figure, body = titled_figure(
         "How decided single neurons are: distribution of routing entropy", 4 * len(entropies), 4.4, caption
     )
     panels = body.subplots(1, len(entropies), sharey=True, squeeze=False)[0]
@@ -158,7 +160,7 @@ def dynamic_routing_comparison(kinds: Sequence[str], prompt_logits: Tensor, shar
         caption: printed below.
     """
     n_layers, n_activations = shares.shape[1:]
-    figure, body = _figure(
+    figure, body = titled_figure(
         "Dynamic routing by kind of input", max(7.0, 1.2 + max(2.7, 0.06 * n_layers) * n_activations), 6.6, caption
     )
     panels = body.subplots(2, n_activations, sharex=True, sharey="row", squeeze=False)
@@ -196,7 +198,9 @@ def routing_shift_summary(sensitivity: Tensor, shifts: Mapping[str, Tensor], bas
         caption: printed below.
     """
     n_layers = len(sensitivity)
-    figure, body = _figure("How much routing depends on the input", min(20.0, max(11.0, 0.2 * n_layers)), 4.8, caption)
+    figure, body = titled_figure(
+        "How much routing depends on the input", min(20.0, max(11.0, 0.2 * n_layers)), 4.8, caption
+    )
     left, right = body.subplots(1, 2)
     left.bar(range(n_layers), sensitivity.numpy(), color=SERIES_COLOURS[3])
     left.set(title="gate sensitivity", ylabel="standard deviation of the router's\nlogits over prompts (logit units)")
@@ -235,7 +239,7 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title:
     return figure
 
 
-def _figure(title: str, width: float, height: float, caption: str) -> tuple[Figure, Any]:
+def titled_figure(title: str, width: float, height: float, caption: str) -> tuple[Figure, Any]:
     """Make a figure with its title and caption, and the part between them for legend and panels. Sizes in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")

@@ -86,6 +86,8 @@ class DataConfig(Section):
     """Name -> source."""
     anneal_start: Fraction = 0.8
     """Share of the run after which the mix moves linearly to ``mix_end``."""
+    verify_hashes: bool = False
+    """Read all data once at the start and compare it with its manifests, instead of the sizes alone."""
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":

@@ -1,18 +1,23 @@
 """The training loop of pre-training and fine-tuning. It does not know the engine, nor where batches come from."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from polyglu.data.dataloader import MicroBatch
+from polyglu.data.prefetch import prefetch
 from polyglu.model.architecture import PolychromaticLM, PolyGLU
 from polyglu.model.routing import dynamic_entropy, gumbel_noise, static_entropy
 from polyglu.training.devices import peak_flops, peak_memory
 from polyglu.training.engine import Engine
 from polyglu.training.metrics import MetricsLog
+
+STEPS_AHEAD = 2
+"""Steps whose batches are made while an earlier one trains."""
 
 
 @dataclass(frozen=True)
@@ -41,34 +46,47 @@ def fit(
 
     Args:
         engine: runs forward, backward and the update.
-        batches: this rank's micro batches of a step.
+        batches: this rank's micro batches of a step; called in a thread of its own, up to ``STEPS_AHEAD`` steps ahead.
         plan: schedules and cadence.
         start_step: steps done.
         metrics: where rank 0 logs; None on other ranks.
         save: called after each step with the steps done; writes what is due and tells whether that was anything.
     """
     meter = _Meter(engine)
-    for step in range(start_step, plan.total_steps):
-        micro_batches, tau, rate = batches(step), plan.tau(step), plan.learning_rate(step)
-        n_targets = engine.sum(sum(batch.n_targets for batch in micro_batches))
-        losses: list[Tensor] = []
-        routing: list[Tensor] = []
-        for host_batch in micro_batches:
-            batch = host_batch.to(engine.device)
-            loss, routing = engine.forward(batch, tau, _noise(engine.loss.model, batch, plan.seed))
-            engine.backward(loss / n_targets)
-            losses.append(loss.detach())
-        grad_norm = engine.step(rate)
-        done = step + 1
-        meter.count(sum(batch.input_ids.numel() for batch in micro_batches))
-        if done % plan.log_every == 0 or done in (1, plan.total_steps):
-            values = {"train/loss": engine.sum(float(torch.stack(losses).sum())) / n_targets}
-            values |= {"train/lr": rate, "train/tau": tau, "train/grad_norm": grad_norm}
-            values |= meter.read() | routing_metrics(engine.loss.model, routing)
-            if metrics is not None:
-                metrics.log(done, values)
-        if save(done):
-            meter.restart()
+    steps = range(start_step, plan.total_steps)
+    with closing(prefetch(host_batches(batches, steps, engine.device), STEPS_AHEAD)) as ready:
+        for step, (micro_batches, own_targets) in zip(steps, ready, strict=True):
+            tau, rate, n_targets = plan.tau(step), plan.learning_rate(step), engine.sum(own_targets)
+            losses: list[Tensor] = []
+            routing: list[Tensor] = []
+            for host_batch in micro_batches:
+                batch = host_batch.to(engine.device)
+                loss, routing = engine.forward(batch, tau, _noise(engine.loss.model, batch, plan.seed))
+                engine.backward(loss / n_targets)
+                losses.append(loss.detach())
+            grad_norm = engine.step(rate)
+            done = step + 1
+            meter.count(sum(batch.input_ids.numel() for batch in micro_batches))
+            if done % plan.log_every == 0 or done in (1, plan.total_steps):
+                values = {"train/loss": engine.sum(float(torch.stack(losses).sum())) / n_targets}
+                values |= {"train/lr": rate, "train/tau": tau, "train/grad_norm": grad_norm}
+                values |= meter.read() | routing_metrics(engine.loss.model, routing)
+                if metrics is not None:
+                    metrics.log(done, values)
+            if save(done):
+                meter.restart()
+
+
+def host_batches(
+    batches: Callable[[int], Sequence[MicroBatch]], steps: Iterable[int], device: torch.device
+) -> Iterator[tuple[Sequence[MicroBatch], int]]:
+    """Micro batches of each step, ready to be copied to the device, and the number of their targets."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # each thread has a current device of its own
+    for step in steps:
+        made = batches(step)
+        n_targets = sum(batch.n_targets for batch in made)
+        yield [batch.pin_memory() for batch in made] if device.type == "cuda" else made, n_targets
 
 
 def _noise(model: PolychromaticLM, batch: MicroBatch, seed: int) -> Tensor | None:

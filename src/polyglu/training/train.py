@@ -18,6 +18,7 @@ from polyglu.config_file import load_config
 from polyglu.data.chunks import TokenSource, open_source
 from polyglu.data.dataloader import TokenLoader
 from polyglu.data.order import MixSchedule
+from polyglu.data.verify import require_intact
 from polyglu.errors import PolygluError, run_command
 from polyglu.files import check_writable
 from polyglu.logs import configure_logging
@@ -69,6 +70,10 @@ def train(config: TrainConfig) -> Path:
     else:
         model, start_step = create_model(config.model, settings.seed), 0
     engine = create_engine(model, settings)
+    if config.data.verify_hashes and engine.rank == 0:
+        for source in sources:
+            logger.info("%s: comparing all of it with its manifest", source.folder)
+            require_intact(source.folder)
     loader = create_loader(config, sources, engine)
     order = {"model": config.model.model_dump(mode="json", exclude={"use_flash_attn"}), **loader.identity}
     start_step = resume(engine, found, order) or start_step

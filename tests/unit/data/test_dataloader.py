@@ -1,4 +1,10 @@
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -7,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import EOS, random_documents, write_token_source
 
-from polyglu.data.chunks import open_source
+from polyglu.data import chunks
+from polyglu.data.chunks import TokenSource, open_source
 from polyglu.data.dataloader import IGNORED, MicroBatch, TokenLoader, pack_windows
 from polyglu.data.order import MixSchedule
 from polyglu.errors import PolygluError
+from polyglu.model.packing import Packing
 
 T = 16
 
@@ -44,37 +52,170 @@ def rows_of(batches: list[MicroBatch]) -> dict[int, tuple[list[int], list[int]]]
     }
 
 
-@pytest.mark.parametrize(
-    ("world_size", "rows", "accumulation"), [(2, 2, 2), (4, 2, 1), (8, 1, 1), (1, 8, 1), (2, 1, 4)]
-)
-def test_any_number_of_ranks_sees_the_same_samples(
-    folders: list[Path], world_size: int, rows: int, accumulation: int
-) -> None:
-    alone = loader(folders)
-    ranks = [loader(folders, rank, world_size, rows, accumulation) for rank in range(world_size)]
-    for step in (0, 7, 29):
-        together: dict[int, tuple[list[int], list[int]]] = {}
-        for rank in ranks:
-            mine = rows_of(rank.step(step))
-            assert not together.keys() & mine.keys()  # no two ranks read the same
-            together |= mine
-        assert together == rows_of(alone.step(step))
+def write_chunks(folder: Path, tokens: np.ndarray, sizes: Sequence[int], eos_id: int) -> TokenSource:
+    """Tokens in chunks of the given sizes, over and over: merged data has short chunks in the middle."""
+    folder.mkdir()
+    listed, start = [], 0
+    while start < len(tokens):
+        data = tokens[start : start + sizes[len(listed) % len(sizes)]].astype("<u4")
+        (folder / f"chunk_{len(listed):05d}.bin").write_bytes(data.tobytes())
+        digest = hashlib.sha256(data.tobytes()).hexdigest()
+        listed.append({"file": f"chunk_{len(listed):05d}.bin", "tokens": len(data), "sha256": digest})
+        start += len(data)
+    tokenizer = {"fingerprint": "f", "vocab_size": 64, "eos_id": eos_id}
+    return TokenSource(folder.name, folder, {"tokens": len(tokens), "chunks": listed, "tokenizer": tokenizer})
 
 
-def test_a_window_is_what_lies_on_disk(folders: list[Path]) -> None:
-    sources = [open_source(folder) for folder in folders]
-    run = loader(folders)
-    for index, (inputs, targets) in rows_of(run.step(3)).items():
-        source, window = run.order.sample(index)
-        tokens = sources[source].read(window * T, window * T + T + 1).tolist()
-        assert inputs == tokens[:-1]
-        assert all(target in (IGNORED, token) for target, token in zip(targets, tokens[1:], strict=True))
+@dataclass(frozen=True)
+class Run:
+    """A random run: its sources, their tokens, and loaders of it for any cut of its steps of 8 or 16 samples."""
+
+    tokens: list[np.ndarray]
+    sources: list[TokenSource]
+    mix: MixSchedule
+    seq_length: int
+    samples: int
+    seed: int
+
+    def loader(self, world_size: int = 1, rank: int = 0, rows: int = 1) -> TokenLoader:
+        return TokenLoader(
+            self.sources,
+            self.mix,
+            seq_length=self.seq_length,
+            rows=rows,
+            accumulation=self.samples // world_size // rows,
+            rank=rank,
+            world_size=world_size,
+            seed=self.seed,
+            vocab_size=64,
+        )
+
+
+@st.composite
+def runs(draw: st.DrawFn, root: Path) -> Run:
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    number, seq_length, tokens, sources = draw(st.integers(1, 4)), draw(st.integers(1, 24)), [], []
+    folder = root / str(len(list(root.iterdir())))
+    folder.mkdir()
+    for index in range(number):
+        # The tokens differ between sources, and so does the token that ends a document.
+        tokens.append(
+            rng.integers(index * 16, index * 16 + draw(st.integers(2, 16)), draw(st.integers(seq_length + 1, 900)))
+        )
+        sizes = draw(st.lists(st.integers(1, 300), min_size=1, max_size=4).filter(lambda sizes: sum(sizes) > 20))
+        sources.append(write_chunks(folder / str(index), tokens[-1], sizes, eos_id=index * 16))
+    first, last = rng.dirichlet(np.ones(number)), rng.dirichlet(np.ones(number))
+    steps, anneal_start = draw(st.integers(1, 12)), draw(st.floats(0, 1))
+    mix = MixSchedule(tuple(first), tuple(last), anneal_start, steps)
+    return Run(tokens, sources, mix, seq_length, draw(st.sampled_from([8, 16])), draw(st.integers(0, 99)))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+def equal(left: MicroBatch, right: MicroBatch) -> bool:
+    return all(torch.equal(getattr(left, name), getattr(right, name)) for name in vars(left))
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_number_of_ranks_sees_the_same_samples(root: Path, data: st.DataObject) -> None:
+    """The ranks' rows, put in the global order, are those of one rank that does it all."""
+    run = data.draw(runs(root))
+    step = data.draw(st.integers(0, run.mix.total_steps - 1))
+    alone = run.loader().step(step)
+    for world_size in (1, 2, 4, 8):
+        rows = data.draw(st.sampled_from([size for size in (1, 2, 4, 8, 16) if run.samples % (size * world_size) == 0]))
+        ranks = [run.loader(world_size, rank, rows).step(step) for rank in range(world_size)]
+        together = list(chain.from_iterable(zip(*ranks, strict=True)))  # micro batch by micro batch, rank by rank
+        ids = torch.cat([batch.sample_ids for batch in together])
+        assert ids.tolist() == list(range(step * run.samples, (step + 1) * run.samples))
+        for name in ("input_ids", "targets"):
+            assert torch.equal(*(torch.cat([getattr(one, name) for one in cut]) for cut in (together, alone)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_restore_at_every_step_continues_the_sequence(root: Path, data: st.DataObject) -> None:
+    run = data.draw(runs(root))
+    whole = run.loader(rows=2)
+    sequence = [whole.step(step) for step in range(run.mix.total_steps)]
+    for start in range(run.mix.total_steps):
+        restored = run.loader(rows=2)
+        for step in range(start, min(start + 3, run.mix.total_steps)):
+            assert all(equal(*pair) for pair in zip(restored.step(step), sequence[step], strict=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_rows_are_what_lies_on_disk_and_no_boundary_is_missed(root: Path, data: st.DataObject) -> None:
+    """Inputs, targets, bounds and positions, recomputed token by token from the tokens that were written."""
+    run = data.draw(runs(root))
+    rows = data.draw(st.sampled_from([1, 2, 4]))
+    loader, length = run.loader(rows=rows), run.seq_length
+    assert loader.order.windows == tuple((len(tokens) - 1) // length for tokens in run.tokens)
+    for batch in loader.step(data.draw(st.integers(0, run.mix.total_steps - 1))):
+        inputs, targets, positions, bounds = [], [], [], [0]
+        for sample in batch.sample_ids.tolist():
+            source, window = loader.order.sample(sample)
+            position = 0
+            for place in range(window * length, (window + 1) * length):
+                token, following = run.tokens[source][place : place + 2].tolist()
+                document_ends = token == run.sources[source].eos_id
+                inputs.append(token)
+                targets.append(IGNORED if document_ends else following)
+                positions.append(position)
+                position = 0 if document_ends else position + 1
+                if document_ends or place + 1 == (window + 1) * length:
+                    bounds.append(len(inputs))
+        assert batch.input_ids.flatten().tolist() == inputs
+        assert batch.targets.flatten().tolist() == targets
+        assert batch.n_targets == len(inputs) - targets.count(IGNORED)
+        assert batch.cu_seqlens.tolist() == bounds
+        packing = Packing.of(batch.input_ids.shape, batch.cu_seqlens, torch.device("cpu"))
+        assert packing.positions.tolist() == positions
+        assert batch.input_ids.shape == (rows, length) and batch.input_ids.is_contiguous()
+        assert (batch.input_ids.dtype, batch.targets.dtype, batch.sample_ids.dtype) == (torch.int64,) * 3
+        assert batch.cu_seqlens.dtype == torch.int32
+
+
+def open_files(folder: Path) -> int:
+    return sum(link.is_symlink() and link.readlink().is_relative_to(folder) for link in Path("/proc/self/fd").iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files under /proc")
+def test_few_of_many_chunks_are_open(tmp_path: Path) -> None:
+    folder = write_token_source(tmp_path / "many", range(1, 64), chunk_tokens=3)
+    source = open_source(folder)
+    TokenLoader(
+        [source], MixSchedule((1.0,), (1.0,), 1.0, 5), seq_length=4, rows=1, accumulation=1, rank=0, world_size=1,
+        seed=0, vocab_size=64,
+    )  # fmt: skip
+    assert open_files(folder) == 0
+    with patch.object(chunks, "OPEN_CHUNKS", 4):
+        assert source.read_rows(np.arange(0, 60, 2), 3).tolist() == [[at + 1, at + 2, at + 3] for at in range(0, 60, 2)]
+    assert open_files(folder) == 4
+    del source
+    assert open_files(folder) == 0
+
+
+def test_a_chunk_that_has_become_shorter_is_named(tmp_path: Path) -> None:
+    folder = write_token_source(tmp_path / "cut", [1] * 40, chunk_tokens=20)
+    source = open_source(folder)
+    with open(folder / "chunk_00000.bin", "r+b") as file:
+        file.truncate(48)
+    for read in (lambda: source.read(10, 30), lambda: source.read_rows(np.array([5, 10]), 6)):
+        with pytest.raises(PolygluError, match=r"cut/chunk_00000\.bin ends before token 12, .* restore the file"):
+            read()
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 4), min_size=9, max_size=9), min_size=1, max_size=4))
 def test_documents_end_after_eos_and_eos_predicts_nothing(rows: list[list[int]]) -> None:
-    batch = pack_windows(np.array(rows), np.zeros(len(rows), dtype=np.int64), torch.arange(len(rows)))
+    windows = np.array([rows], dtype=np.uint32)
+    (batch,) = pack_windows(windows, np.zeros((1, len(rows)), dtype=np.int64), np.arange(len(rows))[None])
     flat, bounds = batch.input_ids.flatten().tolist(), set(batch.cu_seqlens.tolist())
     assert bounds == {0} | {index + 1 for index, token in enumerate(flat) if token == EOS or (index + 1) % 8 == 0}
     for row, inputs, targets in zip(rows, batch.input_ids.tolist(), batch.targets.tolist(), strict=True):
@@ -82,15 +223,14 @@ def test_documents_end_after_eos_and_eos_predicts_nothing(rows: list[list[int]])
         assert (inputs, targets) == (row[:-1], expected)
 
 
-def test_epoch_reads_each_window_once(folders: list[Path]) -> None:
-    write = loader(folders[:1] * 2)  # one source twice still is two sources of their own order
-    assert write.order.windows == (312, 312)
-
-
 def test_token_outside_the_vocabulary_is_named(folders: list[Path]) -> None:
-    with pytest.raises(PolygluError, match=r"token \d+ has id \d+, outside the model's vocab_size 10"):
+    message = r"(\w+): token (\d+) has id (\d+), outside the model's vocab_size 62; .* another tokenizer or is damaged"
+    with pytest.raises(PolygluError, match=message) as raised:
         for step in range(30):
-            loader(folders, vocab_size=10).step(step)
+            loader(folders, vocab_size=62).step(step)
+    name, place, token = re.search(message, str(raised.value)).groups()  # type: ignore[union-attr]
+    assert open_source(folders[0].parent / name).read(int(place), int(place) + 1).tolist() == [int(token)]
+    assert int(token) >= 62
 
 
 def test_less_than_one_window_is_refused(tmp_path: Path) -> None:

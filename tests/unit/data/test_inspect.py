@@ -41,3 +41,14 @@ def test_another_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
     train_bpe(["something else"] * 5, 262, tmp_path / "other")
     with pytest.raises(PolygluError, match="is not the one"):
         main(folder, documents=1, tokenizer=str(tmp_path / "other"), verify=False)
+
+
+def test_verify_refuses_a_flipped_bit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chunk = folder / "chunk_00001.bin"
+    content = bytearray(chunk.read_bytes())
+    content[17] ^= 1
+    chunk.write_bytes(content)
+    main(folder, documents=0, tokenizer=None, verify=False)
+    assert "bad records" in capsys.readouterr().out
+    with pytest.raises(PolygluError, match="chunk_00001.bin has other bytes"):
+        main(folder, documents=0, tokenizer=None, verify=True)

@@ -1,9 +1,12 @@
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyglu.data.order import MixSchedule, SampleOrder, cumulative_quotas, permute
+from polyglu.data import order as order_module
+from polyglu.data.order import ROUNDING, MixSchedule, SampleOrder, cumulative_quotas, permute
 
 PAPER = MixSchedule(start=(0.70, 0.25, 0.05), end=(0.85, 0.10, 0.05), anneal_start=0.8, total_steps=19531)
 
@@ -51,6 +54,32 @@ def test_quotas_are_exact(case: tuple[MixSchedule, int]) -> None:
     assert np.abs(quotas - targets).max() < 1 + 1e-5
 
 
+def plain_quotas(targets: np.ndarray, samples: int) -> list[list[int]]:
+    """Earliest deadline first, sample by sample, as it stands in the books."""
+    floors, ceilings = np.floor(targets + ROUNDING).astype(int), np.ceil(targets - ROUNDING).astype(int)
+    taken, rows = [0] * targets.shape[1], []
+
+    def deadline(source: int) -> int:
+        late = np.flatnonzero(floors[:, source] > taken[source])
+        return int(late[0]) if len(late) else len(floors)
+
+    for step in range(len(floors)):
+        while sum(taken) < step * samples:
+            allowed = [source for source, most in enumerate(ceilings[step]) if taken[source] < most]
+            taken[min(allowed, key=deadline)] += 1
+        rows.append(list(taken))
+    return rows
+
+
+@settings(max_examples=300, deadline=None)
+@given(schedules())
+def test_quotas_are_those_of_the_plain_algorithm(case: tuple[MixSchedule, int]) -> None:
+    schedule, samples = case
+    increments = schedule.at(np.arange(schedule.total_steps)) * samples
+    targets = np.vstack([np.zeros(len(schedule.start)), increments.cumsum(0)])
+    assert cumulative_quotas(targets, samples).tolist() == plain_quotas(targets, samples)
+
+
 @settings(max_examples=200, deadline=None)
 @given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
 def test_permute_is_a_permutation(size: int, key: int) -> None:
@@ -70,19 +99,60 @@ def order(samples: int = 8, seed: int = 0) -> SampleOrder:
     return SampleOrder([37, 11], ["digest-a", "digest-b"], mix, samples, seed)
 
 
-def test_every_window_once_an_epoch() -> None:
-    drawn = [pair for step in range(50) for pair in zip(*(array.tolist() for array in order().step(step)), strict=True)]
-    for source, size in ((0, 37), (1, 11)):
-        windows = [window for one, window in drawn if one == source]
-        assert len(windows) > 2 * size
-        for start in range(0, len(windows), size):
-            epoch = windows[start : start + size]
-            # Within a step the order is shuffled, so an epoch's border may fall inside a step.
-            if start + size <= len(windows):
-                assert len(set(epoch)) >= size - 8
-        first = [window for window in windows]
-        counts = [first.count(window) for window in range(size)]
-        assert max(counts) - min(counts) <= 1
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_thousand_steps_keep_the_mix_and_the_epochs(data: st.DataObject) -> None:
+    """At every step of an annealed run: each source within one window of its target, no window twice in an epoch."""
+    size = data.draw(st.integers(1, 5))
+    mix = MixSchedule(
+        start=data.draw(shares(size)),
+        end=data.draw(shares(size)),
+        anneal_start=data.draw(st.floats(0, 1)),
+        total_steps=1000,
+    )
+    samples, seed = data.draw(st.integers(1, 16)), data.draw(st.integers(0, 2**32))
+    windows = data.draw(st.lists(st.integers(1, 3000), min_size=size, max_size=size))
+    run = SampleOrder(windows, [f"digest {index}" for index in range(size)], mix, samples, seed)
+    drawn = [np.zeros(count, dtype=int) for count in windows]
+    target = np.zeros(size)
+    for step in range(1000):
+        progress = max(0.0, (step / 1000 - mix.anneal_start) / (1 - mix.anneal_start)) if mix.anneal_start < 1 else 0.0
+        target += [
+            samples * (first + (last - first) * progress) for first, last in zip(mix.start, mix.end, strict=True)
+        ]
+        for source, window in zip(*run.step(step), strict=True):
+            drawn[source][window] += 1
+        for counts, wanted in zip(drawn, target, strict=True):
+            assert abs(counts.sum() - wanted) < 1 + 1e-5
+            assert counts.max() - counts.min() <= 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(samples=st.integers(1, 20), block=st.integers(1, 200), steps=st.lists(st.integers(0, 49), min_size=1))
+def test_a_step_depends_on_no_other(samples: int, block: int, steps: list[int]) -> None:
+    """Neither on the steps that were asked for before, nor on the steps that are computed together."""
+    run = order(samples)
+    with patch.object(order_module, "BLOCK_SAMPLES", block):
+        for step in steps:
+            fresh, again = order(samples).step(step), run.step(step)
+            assert [values.tolist() for values in fresh] == [values.tolist() for values in again]
+    alone, together = order(samples), order(samples)
+    with patch.object(order_module, "BLOCK_SAMPLES", 1):
+        one_by_one = [alone.step(step)[1].tolist() for step in range(50)]
+    assert one_by_one == [together.step(step)[1].tolist() for step in range(50)]
+
+
+@pytest.mark.parametrize("step", [-1, 50])
+def test_a_step_outside_the_run_is_refused(step: int) -> None:
+    with pytest.raises(IndexError, match="of a run of 50 steps"):
+        order().step(step)
+
+
+def test_the_order_of_a_run_stays_what_it_was() -> None:
+    """Another order would make a resumed run skip and repeat: a run's first samples, as (source, window)."""
+    assert [order().sample(index) for index in range(8)] == [
+        (1, 1), (0, 3), (1, 5), (0, 36), (0, 14), (0, 6), (0, 24), (1, 0)
+    ]  # fmt: skip
 
 
 def test_order_is_a_pure_function_of_the_step() -> None:
@@ -91,9 +161,22 @@ def test_order_is_a_pure_function_of_the_step() -> None:
     assert forward == backward[::-1]
 
 
+def windows_of(seed: int, digest: str) -> list[int]:
+    """Windows of five epochs of a single source, a window a step."""
+    run = SampleOrder([40], [digest], MixSchedule((1.0,), (1.0,), 1.0, total_steps=200), 1, seed)
+    return [run.sample(index)[1] for index in range(200)]
+
+
 def test_order_follows_seed_and_data() -> None:
-    same, other = order(), order(seed=1)
-    assert any(same.sample(index) != other.sample(index) for index in range(20))
+    assert windows_of(0, "a") == windows_of(0, "a")
+    assert len({tuple(windows_of(seed, digest)) for seed in (0, 1) for digest in ("a", "b")}) == 4
+
+
+def test_each_epoch_has_an_order_of_its_own() -> None:
+    windows = windows_of(0, "a")
+    epochs = [tuple(windows[start : start + 40]) for start in range(0, 200, 40)]
+    assert all(sorted(epoch) == list(range(40)) for epoch in epochs)
+    assert len(set(epochs)) == 5
 
 
 def test_large_run_starts_at_once() -> None:

@@ -1,59 +1,12 @@
-import gzip
-import json
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
-import zstandard
 
 from polyglu.config_file import load_config, validate
-from polyglu.data.sources import SourcesConfig, TextSource, file_rows, rows
+from polyglu.data.sources import Shard, SourcesConfig, TextSource, parse_shard
 from polyglu.errors import PolygluError
 
 REPOSITORY = Path(__file__).parents[3]
-ROWS = [{"text": "one\ntwo"}, {"text": "é🙂"}]
-JSONL = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
-
-
-def test_every_kind_of_file(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(JSONL + b"\n")
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(JSONL))
-    (tmp_path / "c.v2.jsonl.zst").write_bytes(zstandard.compress(JSONL))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "d.parquet")
-    (tmp_path / "e.txt").write_text("one\n\ntwo", encoding="utf-8")
-    (tmp_path / "f.txt.gz").write_bytes(gzip.compress(b"three"))
-    files = sorted(tmp_path.iterdir())
-    assert list(file_rows(files)) == ROWS * 4 + [{"text": "one\n\ntwo"}, {"text": "three"}]
-    source = TextSource(files=tuple(map(str, files)), output="out")
-    assert list(rows(source, None, skip=7)) == [ROWS[1], {"text": "one\n\ntwo"}, {"text": "three"}]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b'{"text": "x"}\n{oops}\n', "line 2 is not JSON"),
-        ("a.jsonl", b'"x"\n', "line 1 is not a JSON object"),
-        ("a.jsonl", b"\xff\xfe", "cannot be read as UTF-8"),
-        ("a.txt", b"\xff\xfe", "cannot be read as UTF-8"),
-        ("a.jsonl.gz", b"not gzip", "cannot be read"),
-        ("a.jsonl.gz", gzip.compress(JSONL * 50)[:-20], "cannot be read"),
-        ("a.txt.zst", b"not zstandard", "cannot be read"),
-        ("a.parquet", b"not parquet", "is not a parquet file"),
-        ("a.csv", b"text\nx\n", "of an unknown kind"),
-        ("a.parquet.gz", b"", "of an unknown kind"),
-    ],
-)
-def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(PolygluError, match=message) as error:
-        list(file_rows([tmp_path / name]))
-    assert str(tmp_path / name) in str(error.value)
-
-
-def test_a_missing_file_is_named_at_once(tmp_path: Path) -> None:
-    with pytest.raises(PolygluError, match=r"no\.jsonl does not exist"):
-        file_rows([tmp_path / "no.jsonl"])
 
 
 def test_a_source_has_one_origin() -> None:
@@ -78,3 +31,10 @@ def test_shipped_sources() -> None:
     assert {source.output for source in paper.sources.values()} == {f"data/tokenized/{name}" for name in paper.sources}
     tiny = load_config(SourcesConfig, REPOSITORY / "configs" / "tiny" / "sources.yaml")
     assert list(tiny.sources) == list(paper.sources)
+
+
+def test_shards() -> None:
+    assert (parse_shard("0/4"), parse_shard("3/4")) == (Shard(0, 4), Shard(3, 4))
+    for text in ("4/4", "0/0", "-1/4", "1", "1/", "a/b", "1/4/5"):
+        with pytest.raises(PolygluError, match="must be i/N with i from 0 to N - 1"):
+            parse_shard(text)

@@ -13,7 +13,7 @@ import pytest
 
 from polyglu import files
 from polyglu.data.chunks import open_source
-from polyglu.data.sources import TextSource
+from polyglu.data.sources import Shard, TextSource
 from polyglu.data.tokenize_dataset import main, tokenize_source
 from polyglu.data.tokenizer import Tokenizer, train_bpe
 from polyglu.errors import PolygluError
@@ -41,7 +41,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def source_of(text_file: Path, output: Path, **settings: Any) -> TextSource:
-    return TextSource(files=(str(text_file),), output=str(output), **settings)
+    return TextSource(files=(str(text_file),), output=str(output), **{"max_bad_share": 1.0, **settings})
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -59,7 +59,13 @@ def test_all_documents_in_order(text_file: Path, tokenizer: Tokenizer, tmp_path:
     source = open_source(tmp_path / "out")
     documents = documents_of(text_file, tokenizer)
     assert source.read(0, source.n_tokens).tolist() == [token for document in documents for token in document]
-    assert manifest["skipped"] == {"empty": 2, "not_text": 2, "lone_surrogate": 1}
+    assert manifest["bad_records"] == {"empty": 2, "not_text": 2, "lone_surrogate": 1}
+    assert manifest["rows"] == len(documents) + 5
+    records = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert [(record["row"], record["kind"]) for record in records] == [
+        (3, "empty"), (100, "not_text"), (500, "not_text"), (501, "lone_surrogate"), (502, "empty"),
+    ]  # fmt: skip
+    assert {record["file"] for record in records} == {str(text_file)}
     assert manifest["documents"] == len(documents)
 
 
@@ -128,7 +134,7 @@ def test_continuation_may_begin_at_a_row_without_the_field(
     with pytest.raises(Death):
         tokenize_source(source_of(text, tmp_path / "out"), tokenizer, chunk_tokens)
     manifest = tokenize_source(source_of(text, tmp_path / "out"), tokenizer, chunk_tokens)
-    assert (manifest["documents"], manifest["skipped"]) == (2, {"not_text": 1})
+    assert (manifest["documents"], manifest["bad_records"]) == (2, {"not_text": 1})
 
 
 def test_killed_process_continues_with_the_same_bytes(text_file: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -189,8 +195,7 @@ def test_second_process_on_the_same_folder_is_refused(text_file: Path, tokenizer
     ("row", "settings", "message"),
     [
         ('{"body": "x", "id": 1}', {}, "no field 'text'; its fields are body, id"),
-        ('{"text": "1 2 3 4 5 6"}', {"max_tokens": 3}, "the first document has"),
-        ('{"text": ""}', {}, "holds no text in 'text'"),
+        ('{"text": "1 2 3 4 5 6"}', {"max_tokens": 3}, "the first document of .* more tokens than max_tokens 3"),
         ("", {}, "holds no text"),
     ],
 )
@@ -229,3 +234,82 @@ def test_sources_file(text_file: Path, tokenizer: Tokenizer, tmp_path: Path) -> 
         main(output=tmp_path / "new")
     with pytest.raises(PolygluError, match="max_tokens"):
         main(files=[text_file], output=tmp_path / "new", max_tokens=-1)
+
+
+def test_bad_records_above_the_share_stop_the_job_until_it_is_raised(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    text = tmp_path / "a.jsonl"
+    lines = ['{"text": "1 2 3"}', "{oops}", '{"text": "<|im_end|> 4"}', '{"text": " "}', '{"text": "' + "5" * 99 + '"}']
+    text.write_text("\n".join(lines * 400))
+    settings = {"max_document_bytes": 50, "max_bad_share": 0.59}
+    with pytest.raises(PolygluError, match=r"1,200 of the first 2,000 rows .*\(400 empty, 400 not_json, 400 special"):
+        tokenize_source(source_of(text, tmp_path / "out", **settings), tokenizer, CHUNK_TOKENS)
+    records = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    assert len(records) == 1600
+    assert json.loads(records[0]) == {
+        "file": str(text), "row_group": 0, "row": 1, "kind": "not_json", "bytes": 6, "kept": False,
+    }  # fmt: skip
+    with pytest.raises(PolygluError, match="interrupted"):
+        open_source(tmp_path / "out")
+    settings["max_bad_share"] = 0.6
+    manifest = tokenize_source(source_of(text, tmp_path / "out", **settings), tokenizer, CHUNK_TOKENS)
+    assert manifest["bad_records"] == dict.fromkeys(("not_json", "special_token_text", "empty", "too_long"), 400)
+    assert (manifest["rows"], manifest["documents"], manifest["quarantine"]["records"]) == (2000, 800, 1600)
+    fresh = tokenize_source(source_of(text, tmp_path / "fresh", **settings), tokenizer, CHUNK_TOKENS)
+    assert fresh == manifest and content(tmp_path / "fresh") == content(tmp_path / "out")
+
+
+def test_shards_together_hold_what_one_worker_writes(text_file: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    lines = text_file.read_text().splitlines(keepends=True)
+    paths = [tmp_path / f"{index}.jsonl" for index in range(5)]
+    for index, path in enumerate(paths):
+        path.write_text("".join(lines[index::5]))
+    source = TextSource(files=tuple(map(str, paths)), output=str(tmp_path / "out"))
+    manifests = [tokenize_source(source, tokenizer, CHUNK_TOKENS, shard=Shard(index, 6)) for index in range(6)]
+    assert [manifest["source"]["shard"] for manifest in manifests] == [{"index": index, "of": 6} for index in range(6)]
+    assert [[file["path"] for file in manifest["source"]["files"]] for manifest in manifests] == [
+        *([str(path)] for path in paths), [],
+    ]  # fmt: skip
+    assert manifests[5]["complete"] and not manifests[5]["chunks"]
+    tokenize_source(source.model_copy(update={"output": str(tmp_path / "whole")}), tokenizer, CHUNK_TOKENS)
+    folders = [tmp_path / "out" / f"shard_{index}_of_6" for index in range(5)]
+    parts = [open_source(folder) for folder in folders]
+    whole = open_source(tmp_path / "whole")
+    tokens = [token for part in parts for token in part.read(0, part.n_tokens).tolist()]
+    assert tokens == whole.read(0, whole.n_tokens).tolist()
+    budget = [
+        tokenize_source(
+            source.model_copy(update={"max_tokens": 6000, "output": str(tmp_path / "budget")}),
+            tokenizer, CHUNK_TOKENS, shard=Shard(index, 6),
+        )["tokens"]
+        for index in range(6)
+    ]  # fmt: skip
+    assert all(900 < tokens <= 1000 for tokens in budget[:5]) and budget[5] == 0
+
+
+def test_a_file_size_limit_leaves_whole_chunks_and_a_sentence(
+    text_file: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """The system refuses a write in the middle of a chunk, as on a full disk."""
+    tokenizer.save(tmp_path / "bpe")
+    command = [sys.executable, "-m", "polyglu.data.tokenize_dataset", "--files", str(text_file)]
+    command += ["--tokenizer", str(tmp_path / "bpe"), "--chunk-tokens", "10000", "--output"]
+    limited = ["prlimit", "--fsize=30000", *command, str(tmp_path / "out")]
+    refused = subprocess.run(limited, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert "cannot be written (File too large): mend that and run the same command again; the 0 fin" in refused.stderr
+    assert [path.name for path in (tmp_path / "out").glob("*.bin*")] == []
+    subprocess.run([*command, str(tmp_path / "out")], check=True, capture_output=True)
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_two_processes_on_one_folder(text_file: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "bpe")
+    big = tmp_path / "big.jsonl"
+    big.write_text(text_file.read_text() * 30)
+    command = [sys.executable, "-m", "polyglu.data.tokenize_dataset", "--files", str(big), "--output"]
+    command += [str(tmp_path / "out"), "--tokenizer", str(tmp_path / "bpe"), "--chunk-tokens", "5000"]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    ends = sorted((process.wait(), process.communicate()[1]) for process in processes)
+    assert ends[0][0] == 0 and (ends[1][0] == 0 or "another process is writing" in ends[1][1])
+    assert open_source(tmp_path / "out").manifest["complete"]

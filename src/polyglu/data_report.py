@@ -1,0 +1,328 @@
+"""What tokenised data is like: ``polyglu data report DIR``.
+
+    DIR, or each folder of tokens in it ──► scan_documents ──► numbers ──► table, report.json
+                                                                      └──► report.png
+
+The numbers are defined in ``polyglu.data.statistics``.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cache, partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from polyglu.data.chunks import TOKEN, TokenSource, open_source
+from polyglu.data.inspect import sample_panel
+from polyglu.data.manifest import MANIFEST
+from polyglu.data.statistics import (
+    Documents,
+    Flags,
+    Integers,
+    Sample,
+    cut_statistics,
+    find_repeats,
+    length_edges,
+    length_histogram,
+    length_statistics,
+    scan_documents,
+    take_samples,
+)
+from polyglu.data.tokenizer import Tokenizer, load_tokenizer
+from polyglu.data.verify import byte_progress
+from polyglu.errors import PolygluError, run_command
+from polyglu.files import check_writable, write_atomically, write_json
+from polyglu.interpretability.plotting import GREY, GRID, SERIES_COLOURS, titled_figure, to_png
+
+Report = dict[str, Any]
+
+LINES, HATCHES = ("-", "--", ":", "-."), ("", "///", "...", "xxx")
+"""For sources beyond the number of colours."""
+SHARES = {
+    "windows that cut\na document": ("windows", "cutting_share"),
+    "documents\nthat are cut": ("windows", "documents_cut_share"),
+    "repeated\ndocuments": ("repeats", "documents_share"),
+    "repeated\ntokens": ("repeats", "tokens_share"),
+}
+COLUMNS = {
+    "windows\ncutting": ("windows", "cutting_share"),
+    "documents\ncut": ("windows", "documents_cut_share"),
+    "repeated\ndocuments": ("repeats", "documents_share"),
+    "from other\nsources": ("repeats", "documents_of_other_sources_share"),
+    "repeated\ntokens": ("repeats", "tokens_share"),
+}
+"""Labels of the picture, and of the table -> where in the numbers of a source."""
+
+
+def find_sources(folder: Path) -> tuple[list[TokenSource], dict[str, str]]:
+    """Open a folder of tokens, or those that lie in it, by name; other things in it are passed over.
+
+    Returns:
+        The sources, and name -> why it is left out, for data that is unfinished or damaged beside others.
+
+    Raises:
+        PolygluError: there is none that can be read.
+    """
+    if (folder / MANIFEST).exists():
+        return [open_source(folder, folder.resolve().name)], {}
+    places = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
+    if not places:
+        raise PolygluError(f"{folder} holds no tokenised data, nor does a folder in it; tokenise a source first.")
+    sources, left_out = [], {}
+    for place in places:
+        try:
+            sources.append(open_source(place))
+        except PolygluError as error:
+            left_out[place.name] = str(error)
+    if not sources:
+        raise PolygluError(next(iter(left_out.values())))
+    return sources, left_out
+
+
+def build_report(sources: Sequence[TokenSource], scanned: Sequence[Documents], seq_length: int) -> Report:
+    """All numbers of sources and of their total, without samples."""
+    repeats = find_repeats([documents.digests for documents in scanned])
+    longest = max((int(documents.lengths.max(initial=1)) for documents in scanned), default=1)
+    edges = length_edges(longest)
+    numbers = {
+        source.name: _numbers(source, documents.lengths, flags, edges, seq_length)
+        for source, documents, flags in zip(sources, scanned, repeats, strict=True)
+    }
+    lengths = np.concatenate([documents.lengths for documents in scanned])
+    total = _with_shares({**_sum(numbers.values()), "length": length_statistics(lengths)})
+    return {"seq_length": seq_length, "length_edges": edges.tolist(), "sources": numbers, "total": total}
+
+
+def _numbers(
+    source: TokenSource, lengths: Integers, flags: tuple[Flags, Flags], edges: Integers, seq_length: int
+) -> Report:
+    within, across = flags
+    documents, tokens = length_histogram(lengths, edges)
+    repeated = within | across
+    return _with_shares(
+        {
+            "tokens": source.n_tokens,
+            "documents": len(lengths),
+            "rows": source.manifest["rows"],
+            "bad_records": dict(source.manifest["bad_records"]),
+            "length": length_statistics(lengths),
+            "histogram": {"documents": documents.tolist(), "tokens": tokens.tolist()},
+            "windows": cut_statistics(lengths, source.n_tokens, seq_length),
+            "repeats": {
+                "documents": int(repeated.sum()),
+                "tokens": int(lengths[repeated].sum()),
+                "documents_of_other_sources": int(across.sum()),
+                "tokens_of_other_sources": int(lengths[across].sum()),
+            },
+        }
+    )
+
+
+def _with_shares(numbers: Report) -> Report:
+    """Put beside the counts the shares that people ask for; None of nothing."""
+
+    def share(part: int, whole: int) -> float | None:
+        return part / whole if whole else None
+
+    windows, repeats = numbers["windows"], numbers["repeats"]
+    windows["cutting_share"] = share(windows["cutting"], windows["windows"])
+    windows["documents_cut_share"] = share(windows["documents_cut"], numbers["documents"])
+    for part in ("documents", "tokens"):
+        for key in (part, f"{part}_of_other_sources"):
+            repeats[f"{key}_share"] = share(repeats[key], numbers[part])
+    return numbers
+
+
+def _sum(numbers: Iterable[Report]) -> Report:
+    """Counts of all sources together, part by part."""
+    each = list(numbers)
+    parts = {part: Counter[str]() for part in ("bad_records", "windows", "repeats")}
+    for part, counts in parts.items():
+        for one in each:
+            counts.update({key: value for key, value in one[part].items() if not key.endswith("_share")})
+    plain = {key: sum(one[key] for one in each) for key in ("tokens", "documents", "rows")}
+    histogram = {key: np.sum([one["histogram"][key] for one in each], 0).tolist() for key in ("documents", "tokens")}
+    return {**plain, **{part: dict(counts) for part, counts in parts.items()}, "histogram": histogram}
+
+
+def draw(report: Mapping[str, Any]) -> Any:
+    """Draw a report as a matplotlib Figure: lengths above, sizes and shares below; a colour is the same source."""
+    sources, total = report["sources"], report["total"]
+    caption = (
+        f"{total['tokens']:,} tokens in {total['documents']:,} documents. A window is {report['seq_length']:,} tokens "
+        "of training input; it cuts a document if its last token is not the end of one. A document is repeated if an "
+        "earlier one, of the same source or of one listed before it, has exactly its tokens."
+    )
+    figure, body = titled_figure("Tokenised data", 11, min(16.0, 7.4 + 0.12 * len(sources)), caption)
+    (documents, tokens), (sizes, shares) = body.subplots(2, 2)
+    for panel, key in ((documents, "documents"), (tokens, "tokens")):
+        _draw_lengths(panel, report, key)
+    _draw_sizes(sizes, sources)
+    _draw_shares(shares, sources)
+    for panel in (documents, tokens, shares):
+        panel.grid(axis="y", color=GRID)
+        panel.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
+    for panel in (documents, tokens, sizes, shares):
+        panel.set_axisbelow(True)
+    handles, labels = documents.get_legend_handles_labels()
+    body.legend(handles, labels, loc="outside upper left", ncols=6, frameon=False)
+    return figure
+
+
+def _draw_lengths(panel: Any, report: Mapping[str, Any], key: str) -> None:
+    """Share of the documents, or of the tokens, in each bin of length."""
+    for index, (name, numbers) in enumerate(report["sources"].items()):
+        counts = np.array(numbers["histogram"][key])
+        line = {"color": SERIES_COLOURS[index % 4], "linestyle": LINES[index // 4 % 4], "linewidth": 1.6}
+        panel.stairs(counts / max(1, counts.sum()), report["length_edges"], label=name, **line)
+    panel.axvline(
+        report["seq_length"], color=GREY, linestyle="--", linewidth=1, label=f"window, {report['seq_length']:,} tokens"
+    )
+    lengths = [report["seq_length"], *(report["total"]["length"].get(key, 1) for key in ("min", "max"))]
+    panel.set_xscale("log")
+    panel.set_xlim(0.7 * min(lengths), 1.5 * max(lengths))
+    panel.set(title=f"{key} by length of the document", xlabel="length of the document (tokens)", ylim=(0, None))
+    panel.set_ylabel(f"share of the source's {key}")
+    panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+
+
+def _draw_sizes(panel: Any, sources: Mapping[str, Any]) -> None:
+    tokens = [numbers["tokens"] for numbers in sources.values()]
+    bars = panel.barh(range(len(sources)), tokens, height=0.7)
+    for index, bar in enumerate(bars):
+        bar.set(**_fill(index))
+    panel.bar_label(bars, [_short(count) for count in tokens], padding=4, color=GREY)
+    panel.set_yticks(range(len(sources)), list(sources))
+    room = max(3, len(sources)) / 2  # one source alone is a bar, not a wall
+    panel.set_ylim(len(sources) / 2 - 0.5 + room, len(sources) / 2 - 0.5 - room)
+    panel.set(title="size", xlabel="tokens", xlim=(0, 1.18 * max(tokens)))
+    panel.xaxis.set_major_formatter(lambda value, _: _short(value))
+    panel.grid(axis="x", color=GRID)
+
+
+def _draw_shares(panel: Any, sources: Mapping[str, Any]) -> None:
+    """One group of bars a share, one bar a source."""
+    width = min(0.3, 0.8 / len(sources))
+    highest = 0.0
+    for index, numbers in enumerate(sources.values()):
+        values = [numbers[part][key] or 0.0 for part, key in SHARES.values()]
+        places = np.arange(len(SHARES)) + width * (index - (len(sources) - 1) / 2)
+        bars = panel.bar(places, values, 0.9 * width, **_fill(index))
+        if len(sources) <= 4:
+            panel.bar_label(bars, [_percent(value) for value in values], padding=2, fontsize=8, color=GREY)
+        highest = max(highest, *values)
+    panel.set_xticks(range(len(SHARES)), list(SHARES))
+    panel.set(title="cuts and repeats", ylabel="share of the source")
+    panel.set(xlim=(-0.5, len(SHARES) - 0.5), ylim=(0, 1.1 * highest or 0.1))
+
+
+def _fill(index: int) -> dict[str, Any]:
+    return {"facecolor": SERIES_COLOURS[index % 4], "hatch": HATCHES[index // 4 % 4], "edgecolor": "white"}
+
+
+def _short(count: float) -> str:
+    """A count as ``950``, ``1.2 k``, ``34 M`` or ``5 B``."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f}"
+
+
+def _percent(share: float) -> str:
+    """A share as ``31%``, ``4.2%`` or ``0.031%``."""
+    return f"{share:.0%}" if share >= 0.0995 else f"{100 * share:.2g}%"
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("source", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _tables(report: Mapping[str, Any]) -> list[Table]:
+    """A row a source, and one for all of them if there are several."""
+    numbers = list(report["sources"].items())
+    numbers += [("all", report["total"])] if len(numbers) > 1 else []
+    keys = ("mean", "p5", "p50", "p95", "max")
+    sizes, shares = [], []
+    for name, one in numbers:
+        lengths = [f"{one['length'][key]:,.0f}" if one["length"] else "–" for key in keys]
+        sizes.append([name, f"{one['tokens']:,}", f"{one['documents']:,}", *lengths])
+        values = [one[part][key] for part, key in COLUMNS.values()]
+        bad = f"{sum(one['bad_records'].values()):,}"
+        shares.append([name, *("–" if value is None else f"{value:.2%}" for value in values), bad])
+    return [
+        _table("sizes and lengths (tokens)", ["tokens", "documents", "mean", "5%", "50%", "95%", "longest"], sizes),
+        _table(f"cuts by windows of {report['seq_length']:,} tokens, repeats", [*COLUMNS, "bad\nrecords"], shares),
+    ]
+
+
+def _add_samples(
+    numbers: Report, source: TokenSource, lengths: Integers, count: int, load: Callable[[str], Tokenizer]
+) -> None:
+    """Put decoded documents into the numbers of a source, or why there are none."""
+    recorded = source.manifest["tokenizer"]
+    try:
+        tokenizer = load(recorded["name"])
+        if tokenizer.fingerprint != recorded["fingerprint"]:
+            raise PolygluError(f"tokenizer {tokenizer.name} is not the one that {source.folder} was made with.")
+        numbers["samples"] = [asdict(sample) for sample in take_samples(source, tokenizer, lengths, count)]
+    except PolygluError as error:
+        numbers["samples"], numbers["no_samples"] = [], f"{error} Name its tokenizer with --tokenizer."
+
+
+def _show(console: Console, report: Mapping[str, Any]) -> None:
+    for name, numbers in report["sources"].items():
+        for sample in numbers.get("samples", []):
+            console.print(sample_panel(Sample(**sample), name))
+        if "no_samples" in numbers:
+            console.print(Text(f"{name}: no samples: {numbers['no_samples']}"))
+    for table in _tables(report):
+        console.print(table)
+    for name, numbers in report["sources"].items():
+        if numbers["bad_records"]:
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in numbers["bad_records"].items())
+            console.print(Text(f"{name}: bad records: {kinds}"))
+    for name, reason in report["left_out"].items():
+        console.print(Text(f"{name} is left out: {reason}"))
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Folder of token chunks, or of several such folders.")],
+    seq_length: Annotated[int, typer.Option(min=1, help="Tokens of a training window.")] = 4096,
+    samples: Annotated[int, typer.Option(min=0, help="Documents of each source to decode, evenly spread.")] = 3,
+    tokenizer: Annotated[str | None, typer.Option(help="Default: the one that each manifest names.")] = None,
+    output: Annotated[Path | None, typer.Option(help="For report.json and report.png; default: the folder.")] = None,
+) -> None:
+    """Show what tokenised data is like: sizes, lengths, cut windows, repeats, samples; a table, JSON and a picture."""
+    place = output or folder
+    sources, left_out = find_sources(folder)
+    check_writable(place, "output")
+    with byte_progress() as progress:
+        task = progress.add_task(f"read {folder}", total=sum(source.n_tokens for source in sources) * TOKEN.itemsize)
+        scanned = [scan_documents(source, partial(progress.advance, task)) for source in sources]
+    report = {**build_report(sources, scanned, seq_length), "left_out": left_out}
+    load = cache(lambda recorded: load_tokenizer(tokenizer or recorded))
+    for source, documents in zip(sources, scanned, strict=True):
+        if samples:
+            _add_samples(report["sources"][source.name], source, documents.lengths, samples, load)
+    write_json(place / "report.json", report)
+    write_atomically(place / "report.png", lambda file: file.write(to_png(draw(report))))
+    console = Console()
+    _show(console, report)
+    console.print(Text(f"written: {place / 'report.json'}, {place / 'report.png'}"))
+
+
+if __name__ == "__main__":
+    run_command(lambda: typer.run(main))
