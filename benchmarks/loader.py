@@ -1,4 +1,4 @@
-"""How fast training gets its batches: python benchmarks/loader.py [--output FILE] [--tokens N]
+"""How fast training gets its batches: python benchmarks/loader.py [--json FILE] [--tokens N]
 
 speed      tokens/s of ``TokenLoader.step`` on one core, from data in the page cache: whole steps, ready for a model
 prefetch   milliseconds a consumer waits for its batch when the loader runs ahead in a thread
@@ -6,6 +6,10 @@ start-up   seconds to open 100 billion tokens (1,000 chunks, sparse files), plan
 
 Median, and least and most, of all rounds; the cases of a round take turns.
 """
+
+import sys
+
+sys.path.append(sys.path.pop(0))  # this folder: its tokenize.py must not stand for the module of that name
 
 import os
 import tempfile
@@ -18,7 +22,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from mixture import describe_machine, spread
+from measure import describe_machine, spread
 from rich.console import Console
 from rich.table import Table
 
@@ -37,7 +41,10 @@ DOCUMENT = 600
 """Tokens of a document, on average."""
 CHUNK = 8_000_000
 STEPS = 10_000
-SHAPES = [(4096, 2, 64), (4096, 16, 8), (4096, 2, 1), (512, 2, 64), (512, 4, 32), (512, 8, 16), (512, 16, 8)]
+SHAPES = [
+    (4096, 2, 64), (4096, 16, 8), (4096, 2, 1),
+    (512, 2, 64), (512, 4, 32), (512, 8, 16), (512, 16, 8), (512, 16, 1),
+]  # fmt: skip
 """(T, rows of a micro batch, micro batches of a step)."""
 STEP_SECONDS = 0.05
 """What a training step of 524,288 tokens takes in the prefetch case: 10 million tokens/s, a fast node."""
@@ -45,7 +52,7 @@ BIG_CHUNKS, BIG_CHUNK, BIG_STEPS = (700, 250, 50), 100_000_000, 190_735
 
 
 def main(
-    output: Annotated[Path | None, typer.Option(help="Also write the results here, as JSON.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the results here.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens on disk, for speed.", min=3_000_000)] = 96_000_000,
     rounds: Annotated[int, typer.Option(help="Turns of each case.", min=1)] = 9,
 ) -> None:
@@ -58,10 +65,10 @@ def main(
         results["ms waited for a batch, prefetching"] = {f"a step of {STEP_SECONDS * 1e3:.0f} ms": waits(sources)}
     with tempfile.TemporaryDirectory() as folder:
         results["s to start, 100 billion tokens"] = {"3 sources, 1,000 chunks": start_up(Path(folder), rounds)}
-    machine = describe_machine() | {"load": os.getloadavg()[0]}
+    machine = describe_machine()
     Console(width=140).print(as_table(machine, results))
-    if output is not None:
-        write_json(output, {"machine": machine, "tokens": tokens, "rounds": rounds, "results": results})
+    if json is not None:
+        write_json(json, {"machine": machine, "tokens": tokens, "rounds": rounds, "results": results})
 
 
 def speed(sources: Sequence[TokenSource], rounds: int) -> dict[str, dict[str, float]]:

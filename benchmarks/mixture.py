@@ -7,9 +7,10 @@ The cases take turns, A B C A B C ..., so that a slow moment of the machine meet
 "MB kept" is what autograd holds between forward and backward.
 """
 
-import datetime
-import platform
-import statistics
+import sys
+
+sys.path.append(sys.path.pop(0))  # this folder: its tokenize.py must not stand for the module of that name
+
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 import typer
+from measure import describe_machine, spread
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -53,7 +55,7 @@ def main(
     """Measure the mixture and the training step; print a table of medians."""
     results = {f"mixture, {name}": compare(mixture_cases(*shape), rounds, calls=3) for name, shape in SHAPES.items()}
     results["training step, configs/tiny/train.yaml"] = compare(step_cases(), rounds, calls=1)
-    machine = describe_machine()
+    machine = describe_machine() | {"threads": torch.get_num_threads(), "dtype": "fp32"}
     Console(width=140).print(as_table(machine, results))
     if json is not None:
         write_json(json, {"machine": machine, "rounds": rounds, "results": results})
@@ -77,10 +79,6 @@ def compare(cases: Mapping[str, Case], rounds: int, calls: int) -> dict[str, dic
         ratios = [value / base for value, base in zip(values, times[BASELINE], strict=True)]
         results[name] = {**spread("ms", values), **spread("ratio", ratios), "kept_mb": kept_bytes(cases[name]) / 1e6}
     return results
-
-
-def spread(name: str, values: list[float]) -> dict[str, float]:
-    return {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
 
 
 def kept_bytes(case: Case) -> int:
@@ -160,20 +158,6 @@ def random_batch(config: TrainConfig) -> MicroBatch:
     bounds = sorted({row * columns + start for row in range(rows) for start in range(0, columns, DOCUMENT)})
     cu_seqlens = torch.tensor([*bounds, rows * columns], dtype=torch.int32)
     return MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), cu_seqlens, torch.arange(rows))
-
-
-def describe_machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "date": datetime.date.today().isoformat(),
-        "cpu": models[0] if models else platform.machine(),
-        "vector": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "dtype": "fp32",
-    }
 
 
 def as_table(machine: Mapping[str, Any], results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:

@@ -7,23 +7,24 @@ The two take turns on the same file, F R F R ..., set-up included, and must give
 installed beside this program: sources, documentation and data of Python packages, a file a document.
 """
 
-import datetime
+import sys
+
+sys.path.append(sys.path.pop(0))  # this folder: its tokenize.py must not stand for the module of that name
+
 import os
-import platform
 import shutil
 import statistics
-import sys
 import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet
 import typer
+from measure import describe_machine
 from rich.console import Console
 from rich.table import Table
 
@@ -65,7 +66,7 @@ def main(
                 tokens = manifest["tokens"]
     results: dict[str, Any] = {"text_megabytes": size / 1e6, "tokens": tokens, "identical": len(digests) == 1}
     results |= {"seconds": seconds, "ratios": [r / f for f, r in zip(*seconds.values(), strict=True)]}
-    machine = describe_machine()
+    machine = describe_machine(PACKAGES)
     Console(width=120).print(as_table(machine, results))
     if json is not None:
         write_json(json, {"machine": machine, "results": results})
@@ -104,19 +105,6 @@ def text_bytes(path: Path) -> int:
     """Bytes of UTF-8 in the column of text."""
     column = pa.parquet.read_table(path, columns=["text"])["text"]
     return int(pa.compute.sum(pa.compute.binary_length(column)).as_py())
-
-
-def describe_machine() -> dict[str, Any]:
-    """Where and with what this was measured."""
-    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
-    return {
-        "date": datetime.date.today().isoformat(),
-        "processor": model.partition(":")[2].strip(),
-        "cores": os.cpu_count(),
-        "load": list(os.getloadavg()),
-        "python": platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
-    }
 
 
 def as_table(machine: dict[str, Any], results: dict[str, Any]) -> Table:

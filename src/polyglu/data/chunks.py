@@ -10,12 +10,14 @@ A chunk is written whole (temporary name, flush, rename) and only then enters th
 tokenising continues: whatever the manifest lists is on disk and final.
 """
 
+import bisect
 import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from polyglu.errors import PolygluError
 Tokens = npt.NDArray[np.uint32]
 
 TOKEN = np.dtype("<u4")
+TOKEN_BYTES = TOKEN.itemsize
 OPEN_CHUNKS = 64
 """Chunks of a source that are open at the same time: a process may have 1,024 files open, by default."""
 
@@ -72,50 +75,39 @@ class TokenSource:
                 f"{self.folder} holds {self.n_tokens:,} tokens; tokens {start:,} to {stop:,} are not in it."
             )
         tokens = np.empty(stop - start, dtype=np.uint32)
-        self._read_into(tokens, start)
+        self.read_into(tokens, start)
         return tokens
 
-    def read_rows(self, starts: npt.NDArray[np.int64], length: int) -> Tokens:
-        """Rows of tokens `[rows, length]` that begin at ``starts`` `[rows]` and lie within the source.
+    def read_into(self, tokens: Tokens, start: int) -> None:
+        """Fill ``tokens`` `[n]` with the source's from ``start`` on, which must lie within it.
 
         Files are read, not mapped: other threads run while a disk is waited for, no more is read than asked for, and
         a disk that fails is an exception and not the end of the process.
-        """
-        rows = np.empty((len(starts), length), dtype=np.uint32)
-        chunks = np.searchsorted(self._starts, starts, side="right") - 1
-        offsets = (starts - self._starts[chunks]) * TOKEN.itemsize
-        places = zip(rows, starts.tolist(), chunks.tolist(), offsets.tolist(), strict=True)
-        for row, start, chunk, offset in places:
-            if os.preadv(self._descriptor(chunk).number, [row.data], offset) < length * TOKEN.itemsize:
-                self._read_into(row, start)  # it goes on in the next chunk
-        return rows
-
-    def _read_into(self, tokens: Tokens, start: int) -> None:
-        """Fill ``tokens`` `[n]` with the source's from ``start`` on.
 
         Raises:
             PolygluError: a chunk is shorter than when it was opened.
         """
-        while len(tokens):
-            index = int(np.searchsorted(self._starts, start, side="right")) - 1
-            offset = start - int(self._starts[index])
-            part = tokens[: self._starts[index + 1] - start]
-            count = os.preadv(self._descriptor(index).number, [part.data], offset * TOKEN.itemsize) // TOKEN.itemsize
-            if not count:
+        starts = self._starts
+        while True:
+            index = bisect.bisect_right(starts, start) - 1
+            offset = (start - starts[index]) * TOKEN_BYTES
+            count = os.preadv(self._descriptor(index).number, [tokens.data], offset)
+            if count == tokens.nbytes:
+                return
+            if count < TOKEN_BYTES:
                 raise PolygluError(
-                    f"chunk {self.folder / self.manifest['chunks'][index]['file']} ends before token {offset:,}, "
-                    "which it had when it was opened; restore the file."
+                    f"chunk {self.folder / self.manifest['chunks'][index]['file']} is shorter than when it was "
+                    f"opened; restore the file, or remove {self.folder} and tokenise the source again."
                 )
-            tokens, start = tokens[count:], start + count
+            tokens, start = tokens[count // TOKEN_BYTES :], start + count // TOKEN_BYTES  # the rest is in the next one
 
     def chunk(self, index: int) -> Tokens:
         """All tokens of one chunk, memory-mapped."""
         return np.memmap(self.folder / self.manifest["chunks"][index]["file"], dtype=TOKEN, mode="r")
 
     @cached_property
-    def _starts(self) -> npt.NDArray[np.int64]:
-        """`[chunks + 1]` where each chunk begins, and ``n_tokens``."""
-        return np.cumsum([0, *(chunk["tokens"] for chunk in self.manifest["chunks"])])
+    def _starts(self) -> list[int]:
+        return [0, *accumulate(chunk["tokens"] for chunk in self.manifest["chunks"])][:-1]
 
     @cached_property
     def _descriptor(self) -> Callable[[int], "_Descriptor"]:

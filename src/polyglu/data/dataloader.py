@@ -113,7 +113,7 @@ class TokenLoader:
         """This rank's micro batches of one step.
 
         Raises:
-            PolygluError: a token id outside the vocabulary.
+            PolygluError: a token id outside the vocabulary, or a chunk that has become shorter.
         """
         sources, windows = (values[self._places] for values in self.order.step(step))
         sample_ids = step * self.order.samples_per_step + self._places
@@ -122,15 +122,16 @@ class TokenLoader:
     def _read(self, sources: Integers, windows: Integers) -> Tokens:
         """Tokens ``[accumulation, B, T + 1]`` of windows ``[accumulation, B]`` of the given sources."""
         tokens = np.empty((*windows.shape, self.seq_length + 1), dtype=np.uint32)
-        for index, source in enumerate(self.sources):
-            mine = sources == index
-            tokens[mine] = source.read_rows(windows[mine] * self.seq_length, self.seq_length + 1)
+        starts = windows * self.seq_length
+        rows = tokens.reshape(-1, self.seq_length + 1)
+        for into, source, start in zip(rows, sources.ravel().tolist(), starts.ravel().tolist(), strict=True):
+            self.sources[source].read_into(into, start)
         if tokens.max() >= self.vocab_size:
-            *row, column = np.unravel_index((tokens >= self.vocab_size).argmax(), tokens.shape)
-            place = windows[*row] * self.seq_length + column
+            micro, row, column = np.argwhere(tokens >= self.vocab_size)[0]
             raise PolygluError(
-                f"{self.sources[sources[*row]].folder}: token {place} has id {tokens[*row, column]}, outside the "
-                f"model's vocab_size {self.vocab_size}; the data was made with another tokenizer or is damaged."
+                f"{self.sources[sources[micro, row]].folder}: token {starts[micro, row] + column} has id "
+                f"{tokens[micro, row, column]}, outside the model's vocab_size {self.vocab_size}; the data was made "
+                "with another tokenizer or is damaged."
             )
         return tokens
 
@@ -151,5 +152,5 @@ def pack_windows(tokens: Tokens, eos_ids: Integers, sample_ids: Integers) -> lis
     bounds = np.zeros(len(micro) + len(tokens), dtype=np.int32)  # each micro batch's begin with 0
     bounds[np.arange(len(micro)) + micro + 1] = place + 1
     cu_seqlens = torch.split(torch.from_numpy(bounds), (np.bincount(micro) + 1).tolist())
-    tensors = (torch.from_numpy(inputs), torch.from_numpy(targets), cu_seqlens, torch.from_numpy(sample_ids))
-    return [MicroBatch(*parts) for parts in zip(*tensors, strict=True)]
+    input_ids, target_ids, samples = (torch.from_numpy(array).unbind() for array in (inputs, targets, sample_ids))
+    return [MicroBatch(*parts) for parts in zip(input_ids, target_ids, cu_seqlens, samples, strict=True)]
