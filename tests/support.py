@@ -49,6 +49,14 @@ def write_sealed(folder: Path, manifest: dict[str, Any]) -> None:
     (folder / "manifest.json").write_text(text, encoding="utf-8")
 
 
+def retokenized(folder: Path, fingerprint: str) -> None:
+    """Make written data that of a tokenizer with another fingerprint."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["format_version"], manifest["sha256"]
+    manifest["tokenizer"]["fingerprint"] = fingerprint
+    write_sealed(folder, manifest)
+
+
 def random_documents(
     rng: np.random.Generator, n_tokens: int, vocab_size: int = 64, mean_length: int = 20
 ) -> np.ndarray:

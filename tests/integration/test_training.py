@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from support import random_documents, write_token_source
+from support import random_documents, retokenized, write_token_source
 
 from polyglu.config_file import validate
 from polyglu.errors import PolygluError
@@ -208,7 +208,17 @@ def fault(values: dict[str, Any], tmp_path: Path) -> Any:
         elif kind == "no data":
             shutil.rmtree(tmp_path / "data/a")
         elif kind == "other tokenizer":
-            manifest.write_text(manifest.read_text().replace("f" * 64, "e" * 64))
+            retokenized(tmp_path / "data/a", "e" * 64)
+        elif kind == "changed manifest":
+            manifest.write_text(manifest.read_text().replace('"chunk_tokens": 1000', '"chunk_tokens": 1001'))
+        elif kind == "flipped bit":
+            data = bytearray(chunk.read_bytes())
+            data[100] ^= 1
+            chunk.write_bytes(data)
+            train(changed(values, total_steps=1))  # not looked for unless asked
+            for folder in ("run", "checkpoints"):
+                shutil.rmtree(tmp_path / folder)
+            values["data"]["verify_hashes"] = True
         elif kind == "small vocabulary":
             values["model"]["vocab_size"] = 63
         elif kind == "short":
@@ -222,8 +232,7 @@ def fault(values: dict[str, Any], tmp_path: Path) -> Any:
         elif kind == "checkpoint of another tokenizer":
             train(changed(values, total_steps=1))
             for name in ("a", "b"):
-                path = tmp_path / f"data/{name}/manifest.json"
-                path.write_text(path.read_text().replace("f" * 64, "e" * 64))
+                retokenized(tmp_path / f"data/{name}", "e" * 64)
             values["training"]["resume_from"] = str(tmp_path / "checkpoints/portable_final.pt")
             shutil.rmtree(tmp_path / "run")
         elif kind == "checkpoint_dir is a file":
@@ -242,6 +251,8 @@ def fault(values: dict[str, Any], tmp_path: Path) -> Any:
         ("truncated chunk", r"chunk_00001\.bin has 3,600 bytes, expected 4,000"),
         ("odd-sized chunk", r"chunk_00001\.bin has 3,999 bytes, expected 4,000"),
         ("no data", r"data/a holds no tokenised data"),
+        ("changed manifest", r"data/a/manifest\.json was changed after it was written"),
+        ("flipped bit", r"data/a/chunk_00001\.bin .*SHA-256"),
         ("other tokenizer", r"tokenise all sources with one tokenizer"),
         ("small vocabulary", r"model.vocab_size is 63"),
         ("short", r"less than one window"),

@@ -113,14 +113,14 @@ class TokenSource:
     def _descriptor(self) -> Callable[[int], "_Descriptor"]:
         """Opens a chunk when it is asked for, and keeps the latest few."""
         paths = [self.folder / chunk["file"] for chunk in self.manifest["chunks"]]
-        return lru_cache(OPEN_CHUNKS)(lambda index: _Descriptor(paths[index]))
+        return lru_cache(OPEN_CHUNKS)(lambda index: _Descriptor(os.open(paths[index], os.O_RDONLY)))
 
 
 class _Descriptor:
-    """A file open for reading, until nobody refers to it."""
+    """An open file, closed when nobody refers to it any more."""
 
-    def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY)
+    def __init__(self, number: int) -> None:
+        self.number = number
 
     def __del__(self) -> None:
         os.close(self.number)

@@ -201,6 +201,16 @@ def test_few_of_many_chunks_are_open(tmp_path: Path) -> None:
     assert open_files(folder) == 0
 
 
+def test_a_chunk_that_has_gone_is_named(tmp_path: Path) -> None:
+    folder = write_token_source(tmp_path / "gone", [1] * 40, chunk_tokens=20)
+    source = open_source(folder)
+    (folder / "chunk_00001.bin").unlink()
+    assert source.read(0, 20).tolist() == [1] * 20
+    with pytest.raises(FileNotFoundError) as raised:
+        source.read(0, 21)
+    assert str(raised.value.filename).endswith("gone/chunk_00001.bin")
+
+
 def test_a_chunk_that_has_become_shorter_is_named(tmp_path: Path) -> None:
     folder = write_token_source(tmp_path / "cut", [1] * 40, chunk_tokens=20)
     source = open_source(folder)
