@@ -163,14 +163,16 @@ class _HubFile(io.RawIOBase):
         try:
             with get_session().stream("GET", self._url, headers=headers, timeout=self._retries.timeout) as response:
                 hf_raise_for_status(response)
-                first = response.headers.get("Content-Range", "bytes 0-").removeprefix("bytes ").split("-")[0]
-                if first != str(start):
-                    raise ConnectionError(f"the answer starts at byte {first} instead of {start}")
+                stated = response.headers.get("Content-Range")
+                if stated and not stated.startswith(f"bytes {start}-"):
+                    raise ConnectionError(f"the answer is {stated}, asked for from byte {start}")
+                skip = 0 if stated else start  # the whole file, in spite of the range
                 for data in response.iter_raw():
-                    part = data[: len(view) - done]
+                    part = data[skip : skip + len(view) - done]
+                    skip -= min(skip, len(data))
                     view[done : done + len(part)] = part
                     done += len(part)
-                    if len(part) < len(data):  # the whole file, in spite of the range
+                    if done == len(view):
                         break
         except HUB_ERRORS as error:
             return done, error

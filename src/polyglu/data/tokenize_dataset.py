@@ -83,9 +83,11 @@ def tokenize_source(
             encoder = Encoder(tokenizer, fast, writer.files)
             with closing(prefetch(_encoded(source, files, end_cursor(manifest), encoder), BATCHES_AHEAD)) as batches:
                 _write(writer, batches, source)
-            _judge(writer, source)
             if not writer.tokens and not shard:
-                raise PolygluError(f"{_name(source)} holds no text in '{source.text_field}'.")
+                writer.close()
+                (folder / QUARANTINE).unlink(missing_ok=True)
+                raise PolygluError(f"{_name(source)} holds no text in '{source.text_field}' ({_kinds(writer)}).")
+            _judge(writer, source)
             writer.finish()
         return writer.manifest
 
@@ -127,7 +129,7 @@ def _judge(writer: ChunkWriter, source: TextSource) -> None:
 
 
 def _kinds(writer: ChunkWriter) -> str:
-    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(writer.bad_records.items())) or "none"
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(writer.bad_records.items())) or "no rows"
 
 
 def _name(source: TextSource) -> str:
