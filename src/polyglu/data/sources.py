@@ -67,7 +67,7 @@ class TextSource(Section):
     max_document_bytes: PositiveInt = 4 << 20
     """Longest document, in bytes of UTF-8; a longer one is a bad record."""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """Share of rows left out as bad records (``polyglu.data.quarantine``) above which the job stops."""
+    """Share of rows left out as bad records (``polyglu.data.quarantine``), rounded up, above which the job stops."""
 
     @model_validator(mode="after")
     def _check(self) -> "TextSource":

@@ -8,6 +8,7 @@ Interrupted at any moment, the same command continues and ends with the same byt
 
 import fcntl
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -120,7 +121,7 @@ def _write(writer: ChunkWriter, batches: Iterator[DocumentBatch], source: TextSo
 
 
 def _judge(writer: ChunkWriter, source: TextSource) -> None:
-    if writer.dropped > source.max_bad_share * writer.rows:
+    if writer.dropped > math.ceil(source.max_bad_share * writer.rows):
         raise PolygluError(
             f"{writer.dropped:,} of the first {writer.rows:,} rows of {_name(source)} are bad records "
             f"({_kinds(writer)}), more than max_bad_share {source.max_bad_share:g}; see "
