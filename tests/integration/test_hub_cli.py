@@ -149,7 +149,7 @@ def test_a_killed_run_goes_on_at_its_row_group_and_commit(
     hub.plan = always("/store/.*d.parquet", Fault(hang=True))
     manifest, end = tmp_path / "out/manifest.json", {"file": 0, "row_group": 0}
     with running(hub, tmp_path, tokenizer) as process:
-        while end["file"] < 2 and process.poll() is None:
+        while (end["file"], end["row_group"]) < (2, 1) and process.poll() is None:
             time.sleep(0.05)
             if manifest.exists():
                 end = end_cursor(json.loads(manifest.read_text()))

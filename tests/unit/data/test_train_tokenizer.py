@@ -19,7 +19,7 @@ def test_tokenizer_is_trained_on_files(tmp_path: Path) -> None:
 
 def test_files_without_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": 3}\n')
-    for field in ("text", "body"):
-        with pytest.raises(PolygluError, match=rf"a\.jsonl: no text in the column '{field}'"):
+    for field, message in (("text", "no text in the column 'text'"), ("body", "has no field 'body'")):
+        with pytest.raises(PolygluError, match=rf"a\.jsonl.*{message}"):
             main([tmp_path / "a.jsonl"], tmp_path / "tokenizer", text_field=field)
     assert not (tmp_path / "tokenizer").exists()
