@@ -69,7 +69,8 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, fast: bool, files: Sequence[str]) -> None:
         self.tokenizer, self.files = tokenizer, files
         self.fast = FastEncoder.create(tokenizer) if fast else None
-        self._special = tokenizer.special_pattern
+        # Arrow's regular expressions are RE2's, which take what is between \Q and \E as it stands.
+        self._special = "|".join(rf"\Q{token}\E" for token in tokenizer.added_tokens() if token.strip())
 
     def encode(self, batch: TextBatch) -> DocumentBatch:
         """Tokens of a batch.
@@ -119,7 +120,7 @@ class Encoder:
                 )
 
     def _special_text(self, batch: TextBatch) -> list[BadRecord]:
-        if self._special is None:
+        if not self._special:
             return []
         found = np.flatnonzero(np.asarray(pc.match_substring_regex(batch.texts, self._special)))
         lengths = np.asarray(pc.binary_length(batch.texts.take(pa.array(found))))

@@ -12,7 +12,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -95,11 +94,9 @@ class Tokenizer:
         content = [vocabulary, self.encode(_PROBE), self.encode(_PROBE, allow_special=True)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    @cached_property
-    def special_pattern(self) -> str | None:
-        """Regular expression that finds the spelling of any added token; None if there are none."""
-        added = [token.content for token in self._with_special.get_added_tokens_decoder().values()]
-        return "|".join(re.escape(token) for token in sorted(added) if token.strip()) or None
+    def added_tokens(self) -> list[str]:
+        """Spelling of each token that stands outside the model's vocabulary, special or not."""
+        return [token.content for token in self._with_special.get_added_tokens_decoder().values()]
 
     def plain_json(self) -> str:
         """Return the tokenizer without its added tokens, as the text of a ``tokenizer.json``."""

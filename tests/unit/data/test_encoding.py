@@ -162,3 +162,17 @@ def test_a_small_bpe_and_unknown_kinds_of_tokenizers(tmp_path: Path, caplog: pyt
         made = Encoder(words, True, [])
     assert made.fast is None and "tokenizer words" in caplog.text
     assert documents_of(made, ["a b c", "b"]) == [[0, 1, 2, 3], [1, 3]]
+
+
+def test_added_tokens_of_any_spelling_are_found(tmp_path: Path) -> None:
+    import tokenizers
+
+    small = train_bpe(["a b c"] * 9, 270, tmp_path)
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.add_special_tokens(["[CLS]", "a b", "$^.*", "<｜x▁y｜>", "\\d"])
+    backend.add_tokens(["  ", "\n\n"])  # white space is no spelling of anything
+    odd = Encoder(Tokenizer("odd", backend), True, [])
+    texts = ["x [CLS]", "CLS", "a b", "ab  c\n\n", "$^.*", "^.", "<｜x▁y｜>", "\\d", "3"]
+    batch = odd.encode(batch_of(texts))
+    assert [texts[record.row // 2] for record in batch.bad] == ["x [CLS]", "a b", "$^.*", "<｜x▁y｜>", "\\d"]
+    assert documents_of(odd, texts) == [[*small.encode(text), small.eos_id] for text in texts]
