@@ -17,10 +17,11 @@ TINY = ModelConfig(vocab_size=50, d_model=24, d_ff=40, n_layers=2, n_q_heads=4, 
 
 def tiny(scope: str = "causal", **changes: object) -> PolychromaticLM:
     model = create_model(TINY.model_copy(update={"routing_scope": scope, **changes})).eval()
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # a router at its initial scale hardly moves the output: leaks would hide in the rounding
         for name, parameter in model.named_parameters():
             if "router" in name or "alpha" in name:
-                parameter.normal_(std=0.5)
+                parameter.normal_(std=0.5, generator=generator)
             elif parameter.ndim == 2:
                 parameter.mul_(5)
     return model
