@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from polyglu.data.chunks import open_source
-from polyglu.data.inspect import document_lengths
+from polyglu.data.statistics import scan_documents
 from polyglu.errors import PolygluError
 from polyglu.model.model import load_checkpoint
 
@@ -203,4 +203,4 @@ def test_any_value_in_a_manifest_is_understood_or_refused(good: Path, tmp_path: 
         assert str(folder) in str(error)
     else:
         assert len(source.read(0, source.n_tokens)) == source.n_tokens
-        assert source.eos_id < source.vocab_size and document_lengths(source).sum() <= source.n_tokens
+        assert source.eos_id < source.vocab_size and scan_documents(source).lengths.sum() <= source.n_tokens

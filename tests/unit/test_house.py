@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "evaluation": {"model", "data", "inference"},
     "interpretability": {"model", "data", "inference"},
     "report": {"interpretability"},
-    "data_report": {"data", "interpretability"},
+    "data_figure": {"interpretability"},
+    "data_report": {"data", "data_figure", "interpretability"},
     "cli": {"demo", "data", "data_report", "training", "sft", "evaluation", "interpretability", "generate"},
     "demo": {"data", "training", "sft", "evaluation", "interpretability", "report"},
 }
@@ -32,6 +33,8 @@ ONE_HOME = {
     "wandb": "training/metrics.py",
     "lm_eval": "evaluation/",
     "matplotlib": "interpretability/plotting.py",
+    "gigatoken": "data/encoding.py",
+    "awkward": "data/encoding.py",
 }
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from polyglu.data.chunks import TOKEN, Tokens
-from polyglu.data.manifest import MANIFEST, QUARANTINE, write_manifest
+from polyglu.data.manifest import MANIFEST, QUARANTINE, chunk_name, write_manifest
 from polyglu.data.quarantine import KEPT, BadRecord, Quarantine
 from polyglu.errors import PolygluError
 from polyglu.files import NewFile
@@ -127,7 +127,7 @@ class ChunkWriter:
         if self._chunk is None:
             if not (self.folder / MANIFEST).exists():
                 write_manifest(self.folder, self.manifest)
-            self._chunk = NewFile(self.folder / f"chunk_{len(self.manifest['chunks']):05d}.bin")
+            self._chunk = NewFile(self.folder / chunk_name(len(self.manifest["chunks"])))
         data = np.ascontiguousarray(batch.tokens[start:cut], dtype=TOKEN).data
         self._chunk.file.write(data)
         self._hash.update(data)

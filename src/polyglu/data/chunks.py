@@ -101,10 +101,6 @@ class TokenSource:
                 )
             tokens, start = tokens[count // TOKEN_BYTES :], start + count // TOKEN_BYTES  # the rest is in the next one
 
-    def chunk(self, index: int) -> Tokens:
-        """All tokens of one chunk, memory-mapped."""
-        return np.memmap(self.folder / self.manifest["chunks"][index]["file"], dtype=TOKEN, mode="r")
-
     @cached_property
     def _starts(self) -> list[int]:
         return [0, *accumulate(chunk["tokens"] for chunk in self.manifest["chunks"])][:-1]

@@ -3,12 +3,9 @@
 Shows where the tokens come from, the chunks, how long the documents are, and some of them decoded.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
-import numpy.typing as npt
 import typer
 from rich.console import Console
 from rich.panel import Panel
@@ -16,20 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from polyglu.data.chunks import TokenSource, open_source
-from polyglu.data.statistics import Sample, length_statistics, take_samples
+from polyglu.data.quarantine import in_words
+from polyglu.data.statistics import Integers, Sample, length_statistics, scan_documents, take_samples
 from polyglu.data.tokenizer import load_tokenizer
-from polyglu.data.verify import byte_progress, data_bytes, require_intact
+from polyglu.data.verify import require_intact
 from polyglu.errors import PolygluError, run_command
-
-
-def document_lengths(source: TokenSource) -> npt.NDArray[np.int64]:
-    """Tokens of each document `[documents]`, its end-of-document token included."""
-    ends, start = [], 0
-    for index in range(len(source.manifest["chunks"])):
-        chunk = source.chunk(index)
-        ends.append(np.flatnonzero(chunk == source.eos_id) + start + 1)
-        start += len(chunk)
-    return np.diff(np.concatenate([[0], *ends]))
 
 
 def main(
@@ -40,15 +28,14 @@ def main(
 ) -> None:
     """Show tokenised data: documents decoded, lengths, counts."""
     if verify:
-        with byte_progress() as progress:
-            require_intact(folder, partial(progress.advance, progress.add_task("verify", total=data_bytes(folder))))
+        require_intact(folder)
     source = open_source(folder)
     loaded = load_tokenizer(tokenizer or source.manifest["tokenizer"]["name"])
     if loaded.fingerprint != source.manifest["tokenizer"]["fingerprint"]:
         raise PolygluError(
             f"tokenizer {loaded.name} is not the one that {folder} was made with; pass it with --tokenizer."
         )
-    lengths = document_lengths(source)
+    lengths = scan_documents(source).lengths
     console = Console()
     console.print(_overview(source, lengths))
     console.print(_chunk_table(source))
@@ -56,7 +43,7 @@ def main(
         console.print(sample_panel(sample))
 
 
-def _overview(source: TokenSource, lengths: npt.NDArray[np.int64]) -> Table:
+def _overview(source: TokenSource, lengths: Integers) -> Table:
     manifest = source.manifest
     table = Table(title=str(source.folder), show_header=False)
     origin = manifest["source"]
@@ -67,8 +54,7 @@ def _overview(source: TokenSource, lengths: npt.NDArray[np.int64]) -> Table:
     table.add_row("tokenizer", f"{manifest['tokenizer']['name']} ({source.vocab_size:,} tokens)")
     table.add_row("tokens", f"{source.n_tokens:,}")
     table.add_row("documents", f"{manifest['documents']:,}")
-    bad = ", ".join(f"{count:,} {kind}" for kind, count in manifest["bad_records"].items())
-    table.add_row("bad records", bad or "none")
+    table.add_row("bad records", in_words(manifest["bad_records"]))
     values = length_statistics(lengths)
     table.add_row(
         "document length", "  ".join(f"{name}: {value:,.0f}" for name, value in values.items()) + "  (tokens)"

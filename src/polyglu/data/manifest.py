@@ -98,6 +98,11 @@ class Manifest(BaseModel):
         return self
 
 
+def chunk_name(index: int) -> str:
+    """File name of the chunk at ``index``."""
+    return f"chunk_{index:05d}.bin"
+
+
 def new_manifest(tokenizer: Mapping[str, Any], source: Mapping[str, Any], chunk_tokens: int) -> dict[str, Any]:
     """Manifest of a folder into which nothing is written yet.
 

@@ -10,7 +10,6 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -18,8 +17,8 @@ from typing import Annotated, Any, BinaryIO
 import typer
 
 from polyglu.data.chunks import check_chunk_sizes
-from polyglu.data.manifest import MANIFEST, QUARANTINE, read_manifest, write_manifest
-from polyglu.data.verify import byte_progress, data_bytes, require_intact
+from polyglu.data.manifest import MANIFEST, QUARANTINE, chunk_name, read_manifest, write_manifest
+from polyglu.data.verify import require_intact
 from polyglu.errors import PolygluError, run_command
 from polyglu.files import check_writable, flush, sha256, write_atomically
 
@@ -27,7 +26,7 @@ BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Shard:
+class FinishedShard:
     """What one worker made."""
 
     folder: Path
@@ -87,7 +86,7 @@ def find_shards(output: Path) -> list[Path]:
     return sorted(path for path in output.glob("shard_*_of_*") if path.is_dir())
 
 
-def _open(folder: Path) -> Shard:
+def _open(folder: Path) -> FinishedShard:
     manifest = read_manifest(folder)
     if manifest is None:
         raise PolygluError(f"shard {folder} holds no tokenised data ({MANIFEST} is missing); tokenise it first.")
@@ -98,12 +97,12 @@ def _open(folder: Path) -> Shard:
         raise PolygluError(
             f"shard {folder} is not finished; run its tokenize command (--shard {place['index']}/{place['of']}) again."
         )
-    return Shard(folder, place["index"], place["of"], manifest)
+    return FinishedShard(folder, place["index"], place["of"], manifest)
 
 
-def _matching(shards: list[Shard]) -> list[Shard]:
+def _matching(shards: list[FinishedShard]) -> list[FinishedShard]:
     """The shards in their order, which must be the parts of one source, each once."""
-    first, found = shards[0], dict[int, Shard]()
+    first, found = shards[0], dict[int, FinishedShard]()
     for shard in shards:
         if shard.of != first.of:
             raise PolygluError(
@@ -124,7 +123,7 @@ def _matching(shards: list[Shard]) -> list[Shard]:
     return ordered
 
 
-def _check_same_settings(first: Shard, shard: Shard) -> None:
+def _check_same_settings(first: FinishedShard, shard: FinishedShard) -> None:
     def settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
         tokenizer = {f"tokenizer {key}": value for key, value in manifest["tokenizer"].items() if key != "name"}
         return {**tokenizer, "chunk_tokens": manifest["chunk_tokens"], **_source_settings(manifest)}
@@ -142,9 +141,9 @@ def _source_settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in manifest["source"].items() if key not in ("files", "shard")}
 
 
-def _check_files(shards: Sequence[Shard]) -> None:
+def _check_files(shards: Sequence[FinishedShard]) -> None:
     """No file may be in two shards, and each shard must have its share of one list of files."""
-    total, home = sum(len(shard.files) for shard in shards), dict[str, Shard]()
+    total, home = sum(len(shard.files) for shard in shards), dict[str, FinishedShard]()
     for shard in shards:
         expected = len(range(shard.index, total, shard.of))
         if len(shard.files) != expected:
@@ -161,7 +160,7 @@ def _check_files(shards: Sequence[Shard]) -> None:
                 )
 
 
-def _joined(shards: Sequence[Shard]) -> dict[str, Any]:
+def _joined(shards: Sequence[FinishedShard]) -> dict[str, Any]:
     """The manifest of all shards together."""
     manifests = [shard.manifest for shard in shards]
     chunks = [chunk for manifest in manifests for chunk in manifest["chunks"]]
@@ -178,7 +177,7 @@ def _joined(shards: Sequence[Shard]) -> dict[str, Any]:
         },
         "chunk_tokens": manifests[0]["chunk_tokens"],
         "chunks": [
-            {"file": f"chunk_{index:05d}.bin", **{key: chunk[key] for key in ("tokens", "documents", "sha256")}}
+            {"file": chunk_name(index), **{key: chunk[key] for key in ("tokens", "documents", "sha256")}}
             for index, chunk in enumerate(chunks)
         ],
         **{key: sum(manifest[key] for manifest in manifests) for key in ("tokens", "documents", "rows")},
@@ -191,7 +190,7 @@ def _joined(shards: Sequence[Shard]) -> dict[str, Any]:
     }
 
 
-def _quarantine(shards: Sequence[Shard]) -> Iterator[bytes]:
+def _quarantine(shards: Sequence[FinishedShard]) -> Iterator[bytes]:
     """Lines of all quarantines, one after the other, in blocks; each must be the one of its manifest."""
     for shard in shards:
         recorded, path = shard.manifest["quarantine"], shard.folder / QUARANTINE
@@ -203,7 +202,7 @@ def _quarantine(shards: Sequence[Shard]) -> Iterator[bytes]:
             raise PolygluError(f"{path} was changed or removed; restore it, or tokenise shard {shard.index} again.")
 
 
-def _quarantine_hash(shards: Sequence[Shard]) -> str:
+def _quarantine_hash(shards: Sequence[FinishedShard]) -> str:
     digest = hashlib.sha256()
     for block in _quarantine(shards):
         digest.update(block)
@@ -252,9 +251,7 @@ def main(
     """Join the shards of a source into one folder, by hard links where the file system has them."""
     folders = shards or find_shards(output)
     for folder in folders if verify else ():
-        with byte_progress() as progress:
-            task = progress.add_task(f"verify {folder}", total=data_bytes(folder))
-            require_intact(folder, partial(progress.advance, task))
+        require_intact(folder)
     manifest, done = merge(output, folders)
     counts = f"{manifest['tokens']:,} tokens, {manifest['documents']:,} documents, {len(manifest['chunks']):,} chunks"
     typer.echo(f"{output}: {manifest['source']['shards']} shards, {counts}; {'merged' if done else 'nothing to do'}.")

@@ -14,6 +14,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +26,11 @@ LONE_SURROGATE, EMPTY, TOO_LONG = "lone_surrogate", "empty", "too_long"
 SPECIAL_TOKEN_TEXT = "special_token_text"
 KEPT = frozenset({SPECIAL_TOKEN_TEXT})
 """Kinds of rows that are documents all the same."""
+
+
+def in_words(bad_records: Mapping[str, int]) -> str:
+    """Rows of each kind, for a sentence."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(bad_records.items())) or "none"
 
 
 @dataclass(frozen=True)

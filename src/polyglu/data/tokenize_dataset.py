@@ -28,6 +28,7 @@ from polyglu.data.encoding import Encoder
 from polyglu.data.hub import dataset_files, resolve_revision
 from polyglu.data.manifest import QUARANTINE, new_manifest, read_manifest
 from polyglu.data.prefetch import prefetch
+from polyglu.data.quarantine import in_words
 from polyglu.data.readers import read_blocks
 from polyglu.data.sources import Shard, SourcesConfig, TextSource, describe, parse_shard
 from polyglu.data.tokenizer import Tokenizer, load_tokenizer
@@ -87,7 +88,8 @@ def tokenize_source(
             if not writer.tokens and not shard:
                 writer.close()
                 (folder / QUARANTINE).unlink(missing_ok=True)
-                raise PolygluError(f"{_name(source)} holds no text in '{source.text_field}' ({_kinds(writer)}).")
+                kinds = in_words(writer.bad_records)
+                raise PolygluError(f"{_name(source)} holds no text in '{source.text_field}' (bad records: {kinds}).")
             _judge(writer, source)
             writer.finish()
         return writer.manifest
@@ -124,13 +126,9 @@ def _judge(writer: ChunkWriter, source: TextSource) -> None:
     if writer.dropped > math.ceil(source.max_bad_share * writer.rows):
         raise PolygluError(
             f"{writer.dropped:,} of the first {writer.rows:,} rows of {_name(source)} are bad records "
-            f"({_kinds(writer)}), more than max_bad_share {source.max_bad_share:g}; see "
+            f"({in_words(writer.bad_records)}), more than max_bad_share {source.max_bad_share:g}; see "
             f"{writer.folder / QUARANTINE}, and mend the source or raise max_bad_share and run the command again."
         )
-
-
-def _kinds(writer: ChunkWriter) -> str:
-    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(writer.bad_records.items())) or "no rows"
 
 
 def _name(source: TextSource) -> str:
@@ -234,8 +232,8 @@ def main(
     for name, chosen in plan.sources.items():
         manifest = tokenize_source(chosen, loaded, plan.chunk_tokens, shard=part, fast=plan.encoder == "fast")
         counts = f"{manifest['tokens']:,} tokens, {manifest['documents']:,} documents, {len(manifest['chunks'])} chunks"
-        bad = ", ".join(f"{count:,} {kind}" for kind, count in sorted(manifest["bad_records"].items()))
-        log.info("%s: %s in %s; bad records: %s", name, counts, chosen.output, bad or "none")
+        bad = in_words(manifest["bad_records"])
+        log.info("%s: %s in %s; bad records: %s", name, counts, chosen.output, bad)
 
 
 def _plan_of_file(path: Path, names: list[str], all_sources: bool, given: dict[str, Any]) -> SourcesConfig:

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from polyglu.data.chunks import TOKEN
-from polyglu.data.manifest import MANIFEST, QUARANTINE, is_as_written, read_manifest
+from polyglu.data.manifest import MANIFEST, QUARANTINE, chunk_name, is_as_written, read_manifest
 from polyglu.errors import PolygluError, run_command
 from polyglu.files import TEMPORARY_SUFFIX
 
@@ -93,13 +93,24 @@ def verify(folder: Path, advance: Advance = lambda _: None) -> Verification:
     )
 
 
-def require_intact(folder: Path, advance: Advance = lambda _: None) -> Verification:
-    """Verify a folder that must be free of faults.
+def verify_with_progress(folder: Path) -> Verification:
+    """Verify a folder, with a progress bar on stderr.
+
+    Raises:
+        PolygluError: there is no such folder.
+    """
+    total = sum(path.stat().st_size for path in folder.glob("chunk_*.bin"))
+    with byte_progress() as progress:
+        return verify(folder, partial(progress.advance, progress.add_task(f"verify {folder}", total=total)))
+
+
+def require_intact(folder: Path) -> Verification:
+    """Verify a folder that must be free of faults, with a progress bar on stderr.
 
     Raises:
         PolygluError: it is not; names the first fault.
     """
-    result = verify(folder, advance)
+    result = verify_with_progress(folder)
     if result.faults:
         first, more = result.faults[0], len(result.faults) - 1
         others = f" ({more} more: polyglu data verify {folder} lists them)" if more else ""
@@ -111,11 +122,6 @@ def byte_progress() -> Progress:
     """Make a progress bar on stderr for work that is counted in bytes."""
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("left"), TimeRemainingColumn())
     return Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True))
-
-
-def data_bytes(folder: Path) -> int:
-    """Bytes of the chunk files in a folder."""
-    return sum(path.stat().st_size for path in folder.glob("chunk_*.bin"))
 
 
 def _without_manifest(text: str) -> Verification:
@@ -135,9 +141,9 @@ def _check_manifest(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Fault
     if not is_as_written(folder, manifest):
         yield Fault(MANIFEST, "was reformatted after it was written, its content is the same; restore it.")
     for index, chunk in enumerate(manifest["chunks"]):
-        if chunk["file"] != _chunk_name(index):
+        if chunk["file"] != chunk_name(index):
             yield Fault(
-                MANIFEST, f"names {chunk['file']} where {_chunk_name(index)} belongs; tokenise the source again."
+                MANIFEST, f"names {chunk['file']} where {chunk_name(index)} belongs; tokenise the source again."
             )
             break
     if sum(manifest["bad_records"].values()) != manifest["quarantine"]["records"]:
@@ -148,10 +154,6 @@ def _check_manifest(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Fault
             f"says that tokenising is not finished; the {_count(manifest)} chunks that it lists were checked: run the "
             f"same tokenize command again to finish.",
         )
-
-
-def _chunk_name(index: int) -> str:
-    return f"chunk_{index:05d}.bin"
 
 
 def _check_chunk(folder: Path, manifest: Mapping[str, Any], index: int, advance: Advance) -> Fault | None:
@@ -245,7 +247,7 @@ def _extra_files(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Fault]:
             temporary = name.endswith(TEMPORARY_SUFFIX)
             what = "was left by an interrupted run" if temporary else "is not in the manifest"
             yield Fault(name, f"{what}; remove it.")
-        elif not name.endswith(TEMPORARY_SUFFIX) and name != _chunk_name(_count(manifest)):
+        elif not name.endswith(TEMPORARY_SUFFIX) and name != chunk_name(_count(manifest)):
             yield Fault(name, "is not in the manifest; remove it.")
 
 
@@ -253,9 +255,7 @@ def main(folders: Annotated[list[Path], typer.Argument(help="Folders of token ch
     """Check every bit of tokenised data against its manifest; exit code 2 if anything is wrong."""
     wrong = []
     for folder in folders:
-        with byte_progress() as progress:
-            task = progress.add_task(f"verify {folder}", total=data_bytes(folder))
-            result = verify(folder, partial(progress.advance, task))
+        result = verify_with_progress(folder)
         for fault in result.faults:
             typer.echo(f"{folder / fault.file} {fault.text}")
         if result.faults:

@@ -72,7 +72,6 @@ def train(config: TrainConfig) -> Path:
     engine = create_engine(model, settings)
     if config.data.verify_hashes and engine.rank == 0:
         for source in sources:
-            logger.info("%s: comparing all of it with its manifest", source.folder)
             require_intact(source.folder)
     loader = create_loader(config, sources, engine)
     order = {"model": config.model.model_dump(mode="json", exclude={"use_flash_attn"}), **loader.identity}

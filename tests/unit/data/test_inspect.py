@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from polyglu.data.chunks import open_source
-from polyglu.data.inspect import document_lengths, main
+from polyglu.data.inspect import main
 from polyglu.data.sources import TextSource
+from polyglu.data.statistics import scan_documents
 from polyglu.data.tokenize_dataset import tokenize_source
 from polyglu.data.tokenizer import train_bpe
 from polyglu.errors import PolygluError
@@ -24,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_lengths_count_every_token_across_chunks(folder: Path) -> None:
     source = open_source(folder)
-    lengths = document_lengths(source)
+    lengths = scan_documents(source).lengths
     tokens = source.read(0, source.n_tokens)
     assert len(lengths) == 40 and lengths.sum() == source.n_tokens
     assert (tokens[np.cumsum(lengths) - 1] == source.eos_id).all()

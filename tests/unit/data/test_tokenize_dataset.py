@@ -196,8 +196,8 @@ def test_second_process_on_the_same_folder_is_refused(text_file: Path, tokenizer
     [
         ('{"body": "x", "id": 1}', {}, "no field 'text'; its fields are body, id"),
         ('{"text": "1 2 3 4 5 6"}', {"max_tokens": 3}, "the first document of .* more tokens than max_tokens 3"),
-        ('{"text": ""}', {}, r"holds no text in 'text' \(1 empty\)"),
-        ("", {}, r"holds no text in 'text' \(no rows\)"),
+        ('{"text": ""}', {}, r"holds no text in 'text' \(bad records: 1 empty\)"),
+        ("", {}, r"holds no text in 'text' \(bad records: none\)"),
     ],
 )
 def test_bad_sources_leave_nothing_behind(
