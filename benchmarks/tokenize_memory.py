@@ -1,4 +1,6 @@
-"""Peak memory of polyglu data tokenize on inputs that are hard on it: python benchmarks/tokenize_memory.py [--json FILE]
+"""Peak memory of polyglu data tokenize on inputs that are hard on it.
+
+Run it as python benchmarks/tokenize_memory.py [--json FILE].
 
 Each input is made, tokenised by the command in a process of its own, and removed. What is printed is that process's
 largest resident memory, imports and tokenizer included, as the system counted it.
