@@ -1,23 +1,37 @@
-# make demo    the whole system on embedded data, on the CPU
-# make test    all tests
-# make check   formatting, lint, types
+# make demo      the whole system on embedded data, on the CPU
+# make test      all tests
+# make check     formatting, lint, types
+# make torture   N=200 SEED=0: training killed N times on each engine; every bit must come out the same
+# make mutation  known defects put back one by one: the tests must notice each (minutes)
 PYTHON ?= python3
+N ?= 200
+SEED ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test check format clean
+.PHONY: demo test check torture mutation format clean
 
 demo: $(READY)
 	$(BIN)/polyglu demo
 
 test: $(READY)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+torture: $(READY)
+	mkdir -p runs && folder=$$(mktemp -d runs/torture.XXXX) && mkdir $$folder/plain $$folder/zero && \
+	export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 && \
+	$(BIN)/python tests/integration/torture.py $$folder/plain --kills $(N) --seed $(SEED) && \
+	$(BIN)/python tests/integration/torture.py $$folder/zero --kills $(N) --seed $(SEED) --ranks 2 && \
+	rm -rf $$folder
+
+mutation: $(READY)
+	$(BIN)/python tests/mutation/mutate.py
 
 format: $(READY)
 	$(BIN)/ruff format .
