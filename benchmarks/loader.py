@@ -33,7 +33,7 @@ from polyglu.data.order import MixSchedule
 from polyglu.data.prefetch import prefetch
 from polyglu.errors import run_command
 from polyglu.files import write_json
-from polyglu.training.fit import STEPS_AHEAD, host_batches
+from polyglu.training.feed import STEPS_AHEAD, host_batches
 
 VOCABULARY, EOS = 151_669, 151_643
 START, END = (0.70, 0.25, 0.05), (0.85, 0.10, 0.05)
@@ -91,7 +91,7 @@ def waits(sources: Sequence[TokenSource]) -> dict[str, float]:
     """Milliseconds from asking for a step's batches to having them, the first step apart."""
     steps, waited = range(60), []
     loader = create_loader(sources, len(steps), *SHAPES[0])
-    with closing(prefetch(host_batches(loader.step, steps, torch.device("cpu")), STEPS_AHEAD)) as ready:
+    with closing(prefetch(host_batches(loader, steps, torch.device("cpu")), STEPS_AHEAD)) as ready:
         for _ in steps:
             start = time.perf_counter()
             next(ready)

@@ -32,9 +32,10 @@ from polyglu.files import write_json
 from polyglu.model import architecture
 from polyglu.model.config import FeedForward, TrainConfig
 from polyglu.model.model import create_model
-from polyglu.model.routing import gumbel_noise, mix_activations, mix_reference
+from polyglu.model.routing import mix_activations, mix_reference
 from polyglu.training.engine import PlainEngine
-from polyglu.training.loss import LanguageModelLoss
+from polyglu.training.loss import LanguageModelLoss, batch_noise
+from polyglu.training.ranks import Ranks
 
 TINY = Path(__file__).parents[1] / "configs/tiny/train.yaml"
 SHAPES = {"demo: N=1024 F=384": (4, 256, 384), "N=1024 F=2048": (4, 256, 2048)}
@@ -138,14 +139,11 @@ def step_cases() -> dict[str, Case]:
 def training_step(config: TrainConfig, ffn: FeedForward, batch: MicroBatch) -> Case:
     model_config = config.model.model_copy(update={"ffn": ffn})
     loss_module = LanguageModelLoss(create_model(model_config), torch.float32, recompute=False)
-    engine, n_targets = PlainEngine(loss_module, config.training, torch.device("cpu")), batch.n_targets
+    engine, n_targets = PlainEngine(loss_module, config.training, Ranks(torch.device("cpu"))), batch.n_targets
 
     def step() -> None:
-        noise = None
-        if ffn == "polyglu":
-            noise = gumbel_noise(0, batch.sample_ids, model_config.n_layers, model_config.d_ff, K)
-        loss, _ = engine.forward(batch, TAU, noise)
-        engine.backward(loss / n_targets)
+        parts = engine.forward(batch, TAU, batch_noise(model_config, batch, seed=0))
+        engine.backward(parts.loss / n_targets, last=True)
         engine.step(1e-4)
 
     return step

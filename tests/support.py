@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,13 @@ def retokenized(folder: Path, fingerprint: str) -> None:
     del manifest["format_version"], manifest["sha256"]
     manifest["tokenizer"]["fingerprint"] = fingerprint
     write_sealed(folder, manifest)
+
+
+def free_port() -> int:
+    """A port on which nobody listens just now."""
+    with socket.create_server(("", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
 
 
 def random_documents(

@@ -215,6 +215,7 @@ def _analyze(paths: DemoPaths) -> None:
 
 def _report(paths: DemoPaths) -> None:
     from polyglu.report import build_report
+    from polyglu.training.metrics import EVENTS_FILE, read_events
 
     state = read_json(paths.root / "stages.json")
     page = build_report(
@@ -222,6 +223,7 @@ def _report(paths: DemoPaths) -> None:
         stages=summary(paths, state),
         metrics=_rows(paths.root / "metrics.jsonl"),
         sft_metrics=_rows(paths.root / "sft/metrics.jsonl"),
+        events=[event for folder in (paths.root, paths.root / "sft") for event in read_events(folder / EVENTS_FILE)],
         figures=[paths.root / "figures" / name for name in FIGURES],
         samples=[sample for name in ("pretrain", "sft") for sample in _samples(name, read_json(paths.results(name)))],
         results={name: read_json(paths.results(name)) for name in ("pretrain", "sft")},

@@ -33,21 +33,38 @@ class NewFile:
         """Remove what was written."""
         with suppress(OSError):  # what cannot be flushed, for the disk is full, is removed all the same
             self.file.close()
-        self.temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what went wrong before is told, not that its trace stays
+            self.temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> str:
-    """Create or replace ``path`` with what ``write`` puts into an open binary file; return its SHA-256 (hex)."""
+    """Create or replace ``path`` with what ``write`` puts into an open binary file; return its SHA-256 (hex).
+
+    Raises:
+        OSError: the system refused; it names ``path`` if it named nothing.
+    """
     new = NewFile(path)
     try:
         write(new.file)
         new.file.flush()
         digest = sha256(new.temporary)
         new.commit()
-    except BaseException:
+    except BaseException as error:
         new.discard()
-        raise
+        refusal = _refusal(error)
+        if refusal is None:
+            raise
+        if refusal.errno is not None and refusal.filename is None:
+            refusal.filename = str(path)
+        raise refusal from None
     return digest
+
+
+def _refusal(error: BaseException | None) -> OSError | None:
+    """What the system refused; ``torch.save`` hides that behind a RuntimeError of its own."""
+    while isinstance(error, RuntimeError):
+        error = error.__context__
+    return error if isinstance(error, OSError) else None
 
 
 def write_text(path: Path, text: str) -> str:
@@ -63,6 +80,16 @@ def write_json(path: Path, value: Any) -> str:
 def json_text(value: Any) -> str:
     """The text that ``write_json`` writes."""
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """A JSON value as it is read back: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
+def seal(content: Any) -> str:
+    """SHA-256 (hex) of a JSON value, however it is laid out: kept beside it, it shows any change."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def check_writable(folder: Path, name: str) -> None:

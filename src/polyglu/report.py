@@ -37,10 +37,10 @@ FIGURE_TEXTS = {
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1e; --paper: #fff; --line: #ddd; --box: #f6f6f7;
-  --good: #1a7f37; --bad: #b42318 }
+  --good: #1a7f37; --bad: #b42318; --warn: #8a5300 }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #ececee; --paper: #161618; --line: #3a3a3d; --box: #212124; --good: #57c478;
-    --bad: #ff8a80 }
+    --bad: #ff8a80; --warn: #ffc35c }
 }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: var(--paper); color: var(--ink);
@@ -52,7 +52,8 @@ th, td { padding: .4rem .7rem; text-align: left; vertical-align: top; border-bot
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap }
 td.text, pre { white-space: pre-wrap; overflow-wrap: anywhere; font: .85rem/1.45 ui-monospace, monospace }
 td.text { min-width: 14rem }
-.good { color: var(--good) } .bad { color: var(--bad) }
+.good { color: var(--good) } .bad { color: var(--bad) } .warn { color: var(--warn) }
+tr.warn, tr.bad { font-weight: 600 }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem }
 figure { margin: 1rem 0 } .curves figure { margin: 0 }
 figure img { width: 100%; display: block; background: #fff; border-radius: .4rem; padding: .4rem }
@@ -68,6 +69,7 @@ def build_report(
     stages: Sequence[Mapping[str, Any]],
     metrics: Sequence[Mapping[str, Any]],
     sft_metrics: Sequence[Mapping[str, Any]],
+    events: Sequence[Mapping[str, Any]],
     figures: Sequence[Path],
     samples: Sequence[Mapping[str, Any]],
     results: Mapping[str, Mapping[str, Any]],
@@ -82,6 +84,7 @@ def build_report(
             fine-tuned; 0..1) and ``entropy`` (static, dynamic; nats). A row may lack all but its name.
         metrics: rows of the pre-training's metrics.jsonl.
         sft_metrics: rows of the fine-tuning's metrics.jsonl.
+        events: rows of events.jsonl, in the order to be shown.
         figures: PNG files, embedded.
         samples: single answers as an evaluation keeps them: ``prompt``, ``output``, ``target``, ``metrics`` (name ->
             0 or 1); and ``model``, its name.
@@ -95,6 +98,7 @@ def build_report(
     """
     sections = {
         "Stages": _stage_table(stages) if stages else "",
+        "Events": _event_table(events) if events else "",
         "Results": _results_table(results) if results else "",
         "Pre-training": _curves(metrics),
         "Fine-tuning": _curves(sft_metrics),
@@ -134,6 +138,19 @@ def _stage_table(stages: Sequence[Mapping[str, Any]]) -> str:
         cells = ["" if stage.get(key) is None else show(stage[key]) for _, key, show in columns]
         rows.append(_row(str(stage["name"]), cells))
     return _table(["stage", *(title for title, _, _ in columns)], rows)
+
+
+def _event_table(events: Sequence[Mapping[str, Any]]) -> str:
+    """One row an event; warnings and errors stand out."""
+    marks = {"warning": ("warn", "⚠ warning"), "error": ("bad", "✗ error")}
+    rows = []
+    for event in events:
+        style, level = marks.get(event["level"], ("", event["level"]))
+        time = str(event["time"])[:19].replace("T", " ")  # without the zone, which is UTC
+        numbers = "".join(f'<td class="number">{escape(text)}</td>' for text in (time, f"{event['step']:,}"))
+        texts = f"<td>{escape(level)}</td><td>{escape(event['message'])}</td>"
+        rows.append(f'<tr class="{style}">{numbers}{texts}</tr>' if style else f"<tr>{numbers}{texts}</tr>")
+    return _table(["time (UTC)", "step", "level", "event"], rows)
 
 
 def _results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -185,7 +202,9 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
     """One figure a quantity, of the rows that have it; nothing for a quantity that no row has."""
     figures = []
     for title, unit, keys in CURVES:
-        found = {label: [(row["step"], row[key]) for row in rows if key in row] for label, key in keys.items()}
+        found = {
+            label: [(row["step"], row[key]) for row in rows if row.get(key) is not None] for label, key in keys.items()
+        }
         series = {
             label: ([step for step, _ in points], [value for _, value in points])
             for label, points in found.items()

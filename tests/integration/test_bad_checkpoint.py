@@ -5,7 +5,6 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,13 @@ import torch
 from commands import READ_CHECKPOINT, Place, call, contents, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from saving import Malicious, reseal
 
 from polyglu.data.chunks import open_source
 from polyglu.data.statistics import scan_documents
 from polyglu.errors import PolygluError
 from polyglu.model.model import load_checkpoint
-
-
-class Malicious:
-    """A pickle that writes a file when it is loaded."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> Any:
-        return Path.write_text, (self.trace, "executed")
+from polyglu.training.checkpoint import step_folders
 
 
 def plain_pickle(path: Path, content: Any) -> None:
@@ -47,22 +38,34 @@ def test_malicious_checkpoint_is_never_executed(place: Place, verb: str, save: C
 
 
 @pytest.mark.parametrize("verb", ["train", "sft"])
-@pytest.mark.parametrize("manifest", ["matching", "not matching"])
-def test_malicious_resume_state_is_never_executed(place: Place, verb: str, manifest: str) -> None:
+def test_malicious_resume_state_is_never_executed(place: Place, verb: str) -> None:
+    """A shard that is a pickle, with a manifest that is not its own or sealed for it, and files as DeepSpeed's."""
     line = place.line(f"{verb} --config {{here}}/{verb}.yaml")
     assert call(line)[0] == 0
-    (step,) = (place.out / "checkpoints/ds_checkpoint").iterdir()
+    step, *_ = step_folders(place.out / "checkpoints/ds_checkpoint")
     trace = place.here / "trace"
-    torch.save({"model": Malicious(trace), "optimizer": {}}, step / "state.pt")
-    if manifest == "matching":
-        values = json.loads((step / "manifest.json").read_text())
-        values["files"]["state.pt"] = sha256((step / "state.pt").read_bytes()).hexdigest()
-        (step / "manifest.json").write_text(json.dumps(values))
-    before = contents(place.out)
-    for folder in (step, step.parent):
-        assert "step_" in refused(f"{line} --set training.resume_from={folder}")
-    assert not trace.exists()
-    assert contents(place.out) == before
+    plain_pickle(step / "shard_00000.safetensors", Malicious(trace))
+    (step.parent / "latest").write_text(step.name)
+    for name in ("state.pt", "mp_rank_00_model_states.pt"):
+        torch.save({"module": Malicious(trace), "optimizer": {}}, step / name)
+    before = contents(place.out / "checkpoints")
+    assert "shard_00000.safetensors has" in refused(f"{line} --set training.resume_from={step}")
+    reseal(step)
+    before[f"ds_checkpoint/{step.name}/manifest.json"] = (step / "manifest.json").read_bytes()
+    for folder in (step, step.parent, "auto"):
+        sentence = refused(f"{line} --set training.resume_from={folder}")
+        assert "shard_00000.safetensors is no shard of a checkpoint" in sentence
+    assert not trace.exists() and contents(place.out / "checkpoints") == before
+
+
+def test_the_optimiser_state_in_a_checkpoint_is_passed_over(place: Place) -> None:
+    """By all that do not resume a run, whatever it holds; a run that it is not of starts AdamW anew."""
+    content = torch.load(place.checkpoint, weights_only=True)
+    torch.save({**content, "training": {"moments": 5, "order": {"seed": torch.ones(2)}}}, place.checkpoint)
+    for verb in ("generate", "sft", "train"):
+        code, said = call(place.line(READ_CHECKPOINT[verb]))
+        assert code == 0, said
+        assert ("weights alone" in said) == (verb == "train")
 
 
 def spoil(place: Place, kind: str) -> Path:

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from support import random_documents, retokenized, write_token_source
+from support import free_port, random_documents, retokenized, write_token_source
 
 from polyglu.config_file import validate
 from polyglu.errors import PolygluError
-from polyglu.files import sha256
 from polyglu.model.config import TrainConfig
 from polyglu.model.model import load_checkpoint
 from polyglu.training.train import SEQUENCE_SCOPE_NOTE, train
@@ -131,10 +130,15 @@ def test_resume_is_bit_exact_three_times_in_a_row(
 def test_damaged_checkpoint_is_passed_over(values: dict[str, Any], tmp_path: Path, caplog: Any) -> None:
     train(changed(values))
     whole = weights(tmp_path / "checkpoints/portable_final.pt")
-    state = tmp_path / "checkpoints/ds_checkpoint/step_00000020/state.pt"
-    state.write_bytes(state.read_bytes()[:-1])
+    folder = tmp_path / "checkpoints/ds_checkpoint/step_00000020"
+    shard = folder / "shard_00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
     train(changed(values, resume_from="auto"))
-    assert "state.pt is missing or damaged" in caplog.text
+    assert "step_00000020/shard_00000.safetensors has" in caplog.text
+    assert "Set aside as damaged_step_00000020." in caplog.text
+    assert {path.name for path in folder.parent.iterdir()} == {
+        "step_00000015", "step_00000020", "damaged_step_00000020",
+    }  # fmt: skip
     resumed = weights(tmp_path / "checkpoints/portable_final.pt")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
@@ -291,22 +295,22 @@ def test_deepspeed_config_with_an_optimizer_is_refused_with_the_reason(values: d
         path.write_text(json.dumps({**base, key: {}}))
         with pytest.raises(PolygluError, match=message):
             read_deepspeed_config(path)
-    path.write_text(json.dumps({**base, "zero_optimization": {"stage": 3}}))
-    with pytest.raises(PolygluError, match="stage must be 0, 1 or 2"):
-        read_deepspeed_config(path)
+    for stage in (0, 3):  # without ZeRO, DeepSpeed does not look whether gradients are finite
+        path.write_text(json.dumps({**base, "zero_optimization": {"stage": stage}}))
+        with pytest.raises(PolygluError, match="stage must be 1 or 2"):
+            read_deepspeed_config(path)
 
 
-@pytest.mark.timeout(900)  # the first start compiles DeepSpeed's communication
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_deepspeed_equals_plain(values: dict[str, Any], tmp_path: Path, ranks: int) -> None:
+@pytest.mark.timeout(300)
+def test_the_launchers_run_equals_the_plain_one(values: dict[str, Any], tmp_path: Path) -> None:
+    """By the guide's command; engines, ranks and resumes are compared in ``test_survival``."""
     train(changed(values))
     folders = {"checkpoint_dir": str(tmp_path / "ds"), "run_dir": str(tmp_path / "ds_run")}
-    settings = {**values["training"], **folders, "grad_accum_steps": 2 // ranks}
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump({**values, "training": settings}))
+    config.write_text(yaml.safe_dump({**values, "training": {**values["training"], **folders, "grad_accum_steps": 1}}))
     launcher = str(Path(sys.executable).with_name("deepspeed"))
-    command = [launcher, f"--num_gpus={ranks}", "-m", "src.training.train", "--config", str(config)]
-    done = run(command)
+    port = f"--master_port={free_port()}"  # others may train on this machine, on the usual one
+    done = run([launcher, "--num_gpus=2", port, "-m", "src.training.train", "--config", str(config)])
     assert done.returncode == 0, done.stderr
     plain, zero = metrics(tmp_path / "run"), metrics(tmp_path / "ds_run")
     assert len(plain) == len(zero) == 20
@@ -316,37 +320,6 @@ def test_deepspeed_equals_plain(values: dict[str, Any], tmp_path: Path, ranks: i
     ours, theirs = (weights(folder / "portable_final.pt") for folder in (tmp_path / "checkpoints", tmp_path / "ds"))
     for name, weight in ours.items():
         torch.testing.assert_close(theirs[name], weight, rtol=1e-2, atol=1e-3)
-
-    before = bits(tmp_path / "ds_run")  # resume: the last five steps again, to the same bits
-    shutil.rmtree(tmp_path / "ds/ds_checkpoint/step_00000020")
-    done = run([*command, "--set", f"training.resume_from={tmp_path / 'ds/ds_checkpoint'}"])
-    assert done.returncode == 0, done.stderr
-    assert "resuming at step 15" in done.stderr
-    assert bits(tmp_path / "ds_run") == before
-    if ranks == 1:
-        plant_pickle(tmp_path / "ds/ds_checkpoint/step_00000020", canary := tmp_path / "canary")
-        done = run([*command, "--set", "training.resume_from=auto"])
-        assert done.returncode != 0 and "nothing in it was executed" in done.stderr
-        assert not canary.exists()
-
-
-class Touch:
-    """Pickled, it creates a file when it is loaded."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
-
-
-def plant_pickle(folder: Path, canary: Path) -> None:
-    """Replace the optimiser state by a malicious pickle, with a manifest that vouches for it."""
-    (file,) = folder.glob("state/*optim_states.pt")
-    torch.save({"optimizer_state_dict": Touch(canary)}, file)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][str(file.relative_to(folder))] = sha256(file)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:

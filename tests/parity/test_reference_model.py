@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from polyglu.model.architecture import PolychromaticLM, PolyGLU
+from polyglu.model.architecture import PolychromaticLM, PolyGLU, RotaryEmbedding, rotate
 from polyglu.model.config import ModelConfig
 from polyglu.model.model import create_model, load_checkpoint, published_name, read_checkpoint, save_safetensors
 from polyglu.model.routing import dynamic_entropy, static_entropy
@@ -83,3 +83,10 @@ def test_rope_tables_stay_fp32_under_autocast() -> None:
     assert model.rope.cos.dtype == torch.float32
     torch.testing.assert_close(model.rope.cos, published["rope.cosines"])
     torch.testing.assert_close(model.rope.sin, published["rope.sins"])
+
+
+def test_rotation_is_computed_in_fp32() -> None:
+    """Of values in bf16 too: only the result is rounded."""
+    rope = RotaryEmbedding(64, 4096)(torch.arange(4096))
+    x = torch.randn(1, 4096, 2, 64).bfloat16()
+    assert torch.equal(rotate(x, *rope), rotate(x.float(), *rope).bfloat16())

@@ -1,10 +1,13 @@
 """Files are whole or not there."""
 
+import errno
 import hashlib
+import os
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,6 +39,54 @@ def test_a_write_that_is_cut_off_leaves_the_file_before_it(tmp_path: Path) -> No
     write_text(path, "after")  # what the cut-off write left behind is no obstacle
     assert path.read_text() == "after"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.txt"]
+
+
+class FullDisk:
+    """A file on a disk that is full after some bytes."""
+
+    def __init__(self, file: BinaryIO, left: int) -> None:
+        self.file, self.left = file, left
+
+    def write(self, data: bytes) -> int:
+        self.left -= len(bytes(data))
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.file.write(data)
+
+
+@pytest.mark.parametrize("left", [0, 1, 100, 700, 1000])
+def test_a_full_disk_is_named_whoever_writes(tmp_path: Path, left: int) -> None:
+    """``torch.save`` raises an error of its own where a write has failed."""
+    path = tmp_path / "file.pt"
+    with pytest.raises(OSError, match=r"No space left on device: '.*/file\.pt'") as raised:
+        write_atomically(path, lambda file: torch.save({"a": torch.ones(2)}, FullDisk(file, left)))
+    assert raised.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
+
+
+def test_errors_that_are_no_refusal_stay_as_they_are(tmp_path: Path) -> None:
+    def broken(file: BinaryIO) -> None:
+        try:
+            raise FileNotFoundError("another's business")
+        except OSError:
+            raise ValueError("a fault") from None
+
+    with pytest.raises(ValueError, match="a fault"):
+        write_atomically(tmp_path / "file", broken)
+    with pytest.raises(FileNotFoundError, match="'elsewhere'"):
+        write_atomically(tmp_path / "file", lambda file: os.stat("elsewhere"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_went_wrong_is_told_though_its_trace_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "read-only")
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    with pytest.raises(ZeroDivisionError):
+        write_atomically(tmp_path / "file", lambda file: 1 // 0)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file.tmp"]
 
 
 def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:

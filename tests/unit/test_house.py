@@ -28,9 +28,9 @@ MAY_IMPORT = {
 }
 """Part of the package -> other parts it may import."""
 ONE_HOME = {
-    "deepspeed": "training/engine.py",
+    "deepspeed": "training/",
     "flash_attn": "model/flash_attention.py",
-    "wandb": "training/metrics.py",
+    "wandb": "training/wandb_run.py",
     "lm_eval": "evaluation/",
     "matplotlib": "interpretability/plotting.py",
     "gigatoken": "data/encoding.py",

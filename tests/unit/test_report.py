@@ -20,6 +20,9 @@ class Page(html.parser.HTMLParser):
         self.images: list[dict[str, str | None]] = []
         self.texts: list[str] = []
         self.links: list[str | None] = []
+        self.row = ""
+        self.classes: dict[str, str] = {}
+        """Text -> class of the table row in which it stands."""
         self.feed(text)
         assert self.open == []
 
@@ -27,6 +30,8 @@ class Page(html.parser.HTMLParser):
         values = dict(attrs)
         assert tag != "script"
         self.links += [values[key] for key in ("href", "src") if key in values]
+        if tag == "tr":
+            self.row = values.get("class") or ""
         if tag == "img":
             self.images.append(values)
         if tag not in VOID:
@@ -38,6 +43,7 @@ class Page(html.parser.HTMLParser):
     def handle_data(self, data: str) -> None:
         if data.strip() and self.open[-1] != "style":
             self.texts.append(data.strip())
+            self.classes[data.strip()] = self.row
 
 
 def make_report(**changes: Any) -> str:
@@ -46,6 +52,7 @@ def make_report(**changes: Any) -> str:
         "stages": [],
         "metrics": [],
         "sft_metrics": [],
+        "events": [],
         "figures": [],
         "samples": [],
         "results": {},
@@ -64,6 +71,7 @@ def test_all_text_is_escaped() -> None:
     text = make_report(
         title=evil,
         stages=[{"name": evil, "seconds": 1.0}],
+        events=[{"time": evil, "step": 1, "level": evil, "message": evil}],
         samples=[{"model": evil, "prompt": evil, "output": [evil], "target": evil, "metrics": {"exact_match": 1.0}}],
         results={evil: {"perplexity": {evil: {"perplexity": 2.0}}}},
         settings={evil: {evil: evil}},
@@ -98,6 +106,27 @@ def test_stage_table() -> None:
     texts = Page(make_report(stages=stages)).texts
     for shown in ("2 min 05 s", "6.900 → 1.250", "1.3861 / 0.5000", "2.0% → 64.3%"):
         assert shown in texts
+
+
+def test_events_are_shown_in_order_and_warnings_stand_out() -> None:
+    def event(level: str, message: str) -> dict[str, Any]:
+        return {"time": "2026-11-23T18:19:37+00:00", "step": 12345, "kind": "any", "level": level, "message": message}
+
+    levels = {"quiet": "note", "careful": "warning", "broken": "error", "fine": "note"}
+    page = Page(make_report(events=[event(level, message) for message, level in levels.items()]))
+    start = page.texts.index("Events") + 1
+    shown = ("time (UTC)", "step", "level", "event")
+    when = ("2026-11-23 18:19:37", "12,345")
+    rows = (*when, "note", "quiet", *when, "⚠ warning", "careful", *when, "✗ error", "broken", *when, "note", "fine")
+    assert page.texts[start:] == [*shown, *rows]
+    assert {message: page.classes[message] for message in levels} == {
+        "quiet": "", "careful": "warn", "broken": "bad", "fine": "",
+    }  # fmt: skip
+
+
+def test_repeated_steps_are_drawn_as_they_are() -> None:
+    rows = [{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": 1.0, "repeated": 1}]
+    assert [image["alt"] for image in Page(make_report(metrics=rows)).images] == ["Loss over steps: loss from 2 to 1"]
 
 
 def test_results_of_models_stand_side_by_side() -> None:

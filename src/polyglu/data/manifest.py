@@ -6,7 +6,6 @@ gives equal bytes.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -15,7 +14,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from polyglu.config_file import validate
 from polyglu.errors import PolygluError
-from polyglu.files import json_text, read_json, write_json
+from polyglu.files import json_text, read_json, seal, write_json
 
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
@@ -153,11 +152,6 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def is_as_written(folder: Path, manifest: Mapping[str, Any]) -> bool:
     """Whether the bytes of ``manifest.json`` are the very ones that ``write_manifest`` writes."""
     return (folder / MANIFEST).read_bytes() == json_text(_sealed(manifest)).encode()
-
-
-def seal(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of a manifest's content."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -59,23 +59,28 @@ class SampleOrder:
         self, windows: Sequence[int], digests: Sequence[str], mix: MixSchedule, samples_per_step: int, seed: int
     ) -> None:
         self.windows, self.samples_per_step, self.seed = tuple(windows), samples_per_step, seed
-        self.total_steps = mix.total_steps
+        self.mix = mix
         self._source_keys = _keys(f"{seed}/{digest}" for digest in digests)
-        shares = mix.at(np.arange(mix.total_steps))
-        targets = np.vstack([np.zeros(len(self.windows)), np.cumsum(shares, axis=0) * samples_per_step])
-        self.quotas = cumulative_quotas(targets, samples_per_step)
+        self.quotas = self._quotas(np.arange(mix.total_steps))
+        """Windows taken from each source before each step ``[steps + 1, sources]``."""
         self._block = lru_cache(maxsize=1)(self._samples)
 
     def step(self, step: int) -> tuple[Integers, Integers]:
         """Sources and windows ``[samples_per_step]`` of one step's samples, in global order.
 
+        Steps beyond the run, which stand in for data that was passed over, have the shares of its end.
+
         Raises:
-            IndexError: the run has no such step.
+            IndexError: the step is negative.
         """
-        if not 0 <= step < self.total_steps:
-            raise IndexError(f"step {step} of a run of {self.total_steps} steps")
+        if step < 0:
+            raise IndexError(f"step {step} of a run")
         steps = max(1, BLOCK_SAMPLES // self.samples_per_step)
-        sources, windows = self._block(step // steps * steps, steps)
+        while len(self.quotas) < step + 2:
+            more = self._quotas(np.full(self.mix.total_steps, self.mix.total_steps))
+            self.quotas = np.vstack([self.quotas, self.quotas[-1] + more[1:]])
+        first = step // steps * steps
+        sources, windows = self._block(first, min(steps, len(self.quotas) - 1 - first))
         return sources[step % steps], windows[step % steps]
 
     def sample(self, index: int) -> tuple[int, int]:
@@ -84,8 +89,13 @@ class SampleOrder:
         sources, windows = self.step(step)
         return int(sources[place]), int(windows[place])
 
+    def _quotas(self, steps: Integers) -> Integers:
+        """Exact quotas ``[steps + 1, sources]`` of successive steps with the mix of the given ones."""
+        targets = np.cumsum(self.mix.at(steps), axis=0) * self.samples_per_step
+        return cumulative_quotas(np.vstack([np.zeros(len(self.windows)), targets]), self.samples_per_step)
+
     def _samples(self, first: int, steps: int) -> tuple[Integers, Integers]:
-        """Sources and windows ``[steps, samples_per_step]`` from step ``first`` on; fewer steps where the run ends."""
+        """Sources and windows ``[steps, samples_per_step]`` from step ``first`` on."""
         quotas = self.quotas[first : first + steps + 1]
         counts = np.diff(quotas, axis=0)  # [steps, sources]
         sources = np.repeat(np.tile(np.arange(len(self.windows)), len(counts)), counts.ravel())

@@ -1,9 +1,9 @@
 """Every setting of the system, validated at construction; the defaults are the paper's (arXiv 2603.13347)."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 RoutingScope = Literal["sequence", "document", "causal"]
 FeedForward = Literal["polyglu", "swiglu", "geglu", "reglu", "tanhglu"]
@@ -13,6 +13,24 @@ Size = Annotated[int, Field(ge=1, le=2**24)]
 """A width or length; the bound keeps a damaged config from asking for all of the memory."""
 
 MAX_ACTIVATIONS = 6
+
+NO_ROUTING = "training.entropy_reg is {}, but ffn '{}' has no routing whose entropy could be held up; set it to 0."
+"""Why an entropy_reg is refused."""
+
+
+def _number_or_auto(value: Any) -> Any:
+    if value != "auto" and (type(value) is not int or value < 1):
+        raise ValueError(f"must be a number from 1 on, or auto, got {value!r:.80}")
+    return value
+
+
+def _no_auto(value: Any) -> Any:
+    if value == "auto":
+        raise ValueError(
+            "auto is for pre-training alone: a micro batch of fine-tuning is one pack of conversations, so another "
+            "size would pack them anew, in another order; give a number"
+        )
+    return value
 
 
 class Section(BaseModel):
@@ -113,16 +131,26 @@ class LoopSection(Section):
     """AdamW's epsilon."""
     grad_clip: PositiveFloat = 1.0
     """Largest norm of the global gradient."""
-    micro_batch_size: PositiveInt = 2
-    """Rows of seq_length tokens in one forward pass on one device."""
+    entropy_reg: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the mean dynamic routing entropy, which the objective then rewards; 0: off. For ``ffn: polyglu``."""
+    micro_batch_size: Annotated[int | Literal["auto"], BeforeValidator(_number_or_auto)] = 2
+    """Rows of seq_length tokens in one forward pass on one device; auto: the largest number of rows that fits into its
+    memory and divides the rows of a step, for which ``grad_accum_steps`` then stands alone."""
     grad_accum_steps: PositiveInt = 64
-    """Micro batches a device adds up before a step."""
+    """Micro batches a device adds up before a step; with ``micro_batch_size: auto``, the rows of a step on a device,
+    as if a micro batch were 1 row."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of initialisation, data order and Gumbel noise."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the compute; weights and optimiser stay fp32. auto: bf16 where the device has fast bf16."""
     activation_checkpointing: Literal["none", "full"] = "none"
     """full: keep only the input of each block and recompute the rest in backward."""
+    deterministic: bool = False
+    """On a GPU, choose kernels that give the same bits every time, where there are such; slower. A CPU always does."""
+    on_loss_spike: Literal["report", "skip"] = "report"
+    """skip: leave out the update of a step whose loss is six deviations above its window's mean, as if not finite."""
+    max_rollbacks: Annotated[int, Field(ge=0)] = 3
+    """Returns to the last good checkpoint, each after 3 steps in a row without an update, before the run gives up."""
     deepspeed_config: str = "configs/ds_config.json"
     """Read when the run is started by the ``deepspeed`` launcher."""
     log_every: PositiveInt = 100
@@ -142,7 +170,7 @@ class LoopSection(Section):
 class TrainingSection(LoopSection):
     """Pre-training."""
 
-    total_steps: PositiveInt = 19531
+    total_steps: Annotated[int, Field(gt=0, le=10**7)] = 19531
     """Optimiser steps; the schedules of LR, tau and mix end here."""
     tau_max: PositiveFloat = 1.0
     """Routing temperature at step 0."""
@@ -150,6 +178,8 @@ class TrainingSection(LoopSection):
     """Routing temperature at the end; reached linearly."""
     portable_checkpoint_every: PositiveInt = 5000
     """Steps between portable checkpoints; a run shorter than this writes one with each resume checkpoint."""
+    portable_optimizer: bool = False
+    """Put the optimiser's state into portable checkpoints too: three times the size, and each can resume the run."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainingSection":
@@ -176,6 +206,12 @@ class TrainConfig(Section):
     data: DataConfig = DataConfig()
     training: TrainingSection = TrainingSection()
     wandb: WandbSection = WandbSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if self.training.entropy_reg and self.model.ffn != "polyglu":
+            raise ValueError(NO_ROUTING.format(self.training.entropy_reg, self.model.ffn))
+        return self
 
 
 class ConversationConfig(Section):
@@ -210,6 +246,8 @@ class FineTuningSection(LoopSection):
     """Portable checkpoint to start from; model shape and tokenizer come from it."""
     checkpoint_dir: str = "checkpoints_sft"
     run_dir: str = "runs/sft"
+    micro_batch_size: Annotated[PositiveInt, BeforeValidator(_no_auto)] = 2
+    """A micro batch is one pack of conversations, of up to this many times seq_length tokens."""
     grad_accum_steps: PositiveInt = 8
 
 

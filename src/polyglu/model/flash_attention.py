@@ -52,7 +52,11 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     if _flash_attn_installed():
         from flash_attn import flash_attn_varlen_func
 
-        out: Tensor = flash_attn_varlen_func(*flat, bounds, bounds, longest, longest, causal=True)
+        # PyTorch's own kernels look at this switch themselves.
+        same_bits = torch.are_deterministic_algorithms_enabled()
+        out: Tensor = flash_attn_varlen_func(
+            *flat, bounds, bounds, longest, longest, causal=True, deterministic=same_bits
+        )
     else:
         from torch.nn.attention.varlen import varlen_attn
 

@@ -2,6 +2,7 @@
 
 A portable checkpoint is one ``.pt`` file that loads with ``weights_only=True``:
     format, model (weights, fp32), config (ModelConfig), step, tau, tokenizer (name, fingerprint)
+    training (optional): what a resume of its run needs, moments of the optimiser included
 """
 
 import re
@@ -42,6 +43,8 @@ class Checkpoint:
     tau: float
     tokenizer: dict[str, Any]
     """name and fingerprint; empty for published checkpoints, which do not say."""
+    training: dict[str, Any] | None = None
+    """What a resume of its run needs, optimiser state included; most checkpoints have none."""
 
 
 def load_checkpoint(
@@ -105,7 +108,13 @@ def weights_digest(path: str | Path) -> str:
 
 
 def save_portable(
-    path: Path, weights: Mapping[str, Tensor], config: ModelConfig, step: int, tau: float, tokenizer: Mapping[str, Any]
+    path: Path,
+    weights: Mapping[str, Tensor],
+    config: ModelConfig,
+    step: int,
+    tau: float,
+    tokenizer: Mapping[str, Any],
+    training: Mapping[str, Any] | None = None,
 ) -> str:
     """Write a portable checkpoint atomically; return its SHA-256 (hex)."""
     content = {
@@ -116,6 +125,8 @@ def save_portable(
         "tau": tau,
         "tokenizer": dict(tokenizer),
     }
+    if training is not None:
+        content["training"] = dict(training)
     return write_atomically(path, lambda file: torch.save(content, file))
 
 
@@ -147,7 +158,10 @@ def _checked(path: Path, weights: Any, config: ModelConfig, description: Mapping
     values = {key: description[key] for key in _Description.model_fields if key in description}
     said = validate(_Description, values, source=str(path))
     tokenizer = said.tokenizer.model_dump(exclude_none=True)
-    return Checkpoint(_check_weights(path, weights), config, said.step, said.tau, tokenizer)
+    training = description.get("training")
+    if training is not None and not isinstance(training, dict):
+        raise PolygluError(f"{path}: 'training' must be a dictionary, got {type(training).__name__}; use another.")
+    return Checkpoint(_check_weights(path, weights), config, said.step, said.tau, tokenizer, training)
 
 
 def _check_weights(path: Path, weights: Any) -> dict[str, Tensor]:

@@ -9,7 +9,11 @@ from torch import Tensor
 from polyglu.model.activations import ACTIVATIONS
 from polyglu.model.config import RoutingScope
 from polyglu.model.kernels.cpu import ChunkedMixture
+from polyglu.model.kernels.entropy import WeightedEntropy
 from polyglu.model.packing import Packing
+
+ENTROPY_POSITIONS = 64
+"""Positions of a row whose entropy enters the objective. Token logits are running means, which change slowly."""
 
 
 def pool(x: Tensor, scope: RoutingScope, packing: Packing) -> Tensor:
@@ -141,3 +145,27 @@ def dynamic_entropy(alpha: Tensor, token_logits: Tensor, max_positions: int = 25
     total = sum(torch.special.entr(weight) for weight in weights)
     assert isinstance(total, Tensor)
     return total.mean()
+
+
+def summed_entropy(alpha: Tensor, token_logits: Tensor, counted: Tensor) -> Tensor:
+    """Sum over the counted positions of what ``dynamic_entropy`` is the mean of, with gradient and without memory.
+
+    At most ``ENTROPY_POSITIONS`` evenly spaced positions of a row are looked at; each stands for itself and those up
+    to the next. A row's share depends on nothing but the row, so the sum does not depend on how rows are batched.
+
+    Args:
+        alpha: ``[F, K]``.
+        token_logits: ``[B, S, K]``.
+        counted: bool ``[B, T]``, positions that count.
+
+    Returns:
+        Scalar in nats: the entropy's mean over neurons, its sum over positions; fp32 (fp64 for fp64 token logits).
+    """
+    columns, dtype = counted.shape[1], torch.promote_types(token_logits.dtype, torch.float32)
+    stride = columns if token_logits.shape[1] == 1 else -(-columns // ENTROPY_POSITIONS)
+    token = _activations_first(token_logits[:, ::stride].flatten(0, 1).to(dtype))  # [K, P]
+    padded = F.pad(counted.to(dtype), (0, -columns % stride))
+    weights = padded.view(-1, stride).sum(1)  # [P]
+    neuron = _activations_first(alpha.to(dtype))  # [K, F]
+    total: Tensor = WeightedEntropy.apply(neuron, token, weights)  # type: ignore[no-untyped-call]
+    return total

@@ -25,12 +25,14 @@ from polyglu.errors import PolygluError, run_command
 from polyglu.files import check_writable
 from polyglu.logs import configure_logging
 from polyglu.model.config import SFTConfig
-from polyglu.model.model import Checkpoint, load_checkpoint, read_checkpoint, save_portable, weights_digest
-from polyglu.training.checkpoint import find_resume_point, resume, save_resume_point
+from polyglu.model.model import Checkpoint, load_checkpoint, read_checkpoint, weights_digest
+from polyglu.training.checkpoint import ResumePoint, find_resume_point
 from polyglu.training.engine import create_engine
 from polyglu.training.fit import Plan, fit
-from polyglu.training.metrics import open_metrics
+from polyglu.training.portable import write_portable
+from polyglu.training.ranks import connect
 from polyglu.training.schedules import learning_rate
+from polyglu.training.session import apply_determinism, saying_how_to_go_on, session
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,8 @@ def main(
 ) -> None:
     """Fine-tune a model on conversations."""
     configure_logging(rank=int(os.environ.get("RANK", local_rank)))
-    finetune(load_config(SFTConfig, config, set_))
+    with saying_how_to_go_on("sft", config, set_):
+        finetune(load_config(SFTConfig, config, set_))
 
 
 def finetune(config: SFTConfig) -> Path:
@@ -54,16 +57,14 @@ def finetune(config: SFTConfig) -> Path:
         The final portable checkpoint.
 
     Raises:
-        PolygluError: data, checkpoint or config that do not fit.
+        PolygluError: data, checkpoint or config that do not fit, or numbers that stay bad.
+        Interrupted: a signal asked to stop; the run is saved.
     """
-    settings, checkpoint_dir = config.training, Path(config.training.checkpoint_dir)
-    check_writable(checkpoint_dir, "training.checkpoint_dir")
-    check_writable(Path(settings.run_dir), "training.run_dir")
+    settings, ranks = config.training, connect()
+    apply_determinism(settings)
+    found = ranks.agree(lambda: check_inputs(config))
     base = read_checkpoint(settings.init_from)
     tokenizer = check_tokenizer(base, config)
-    found = find_resume_point(settings.resume_from, checkpoint_dir) if settings.resume_from else None
-    if isinstance(found, Checkpoint):
-        raise PolygluError("training.resume_from: fine-tuning starts from a portable file with training.init_from.")
     per_conversation = "document" if base.config.routing_scope == "sequence" else base.config.routing_scope
     if per_conversation != base.config.routing_scope:
         logger.warning(
@@ -71,18 +72,17 @@ def finetune(config: SFTConfig) -> Path:
         )
     model, *_ = load_checkpoint(settings.init_from, base.config.model_copy(update={"routing_scope": per_conversation}))
     conversations = read_conversations(config, tokenizer, base.config.seq_length)
-    engine = create_engine(model, settings)
+    engine = create_engine(model, settings, ranks)
     packs = PackLoader(
         conversations,
         capacity=settings.micro_batch_size * base.config.seq_length,
         accumulation=settings.grad_accum_steps,
         epochs=settings.epochs,
         seed=settings.seed,
-        rank=engine.rank,
-        world_size=engine.world_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
     )
     order = {"init_from": weights_digest(settings.init_from), **packs.identity}
-    start_step = resume(engine, found, order)
     plan = Plan(
         total_steps=packs.total_steps,
         learning_rate=lambda step: learning_rate(
@@ -90,25 +90,32 @@ def finetune(config: SFTConfig) -> Path:
         ),
         tau=lambda step: settings.tau,
         seed=settings.seed,
-        log_every=settings.log_every,
+        checkpoint_every=settings.checkpoint_every,
+        skip_spikes=settings.on_loss_spike == "skip",
+        max_rollbacks=settings.max_rollbacks,
     )
     logger.info("%d conversations in %d steps", len(conversations.lengths), plan.total_steps)
-    metrics = open_metrics(config, engine.rank, start_step, plan.total_steps)
+    with session(config, engine, plan.total_steps, found, order) as run:
+        state = fit(engine, packs, plan, run.state, run.checkpoints, run.journal, run.stop)
+        final = Path(settings.checkpoint_dir) / FINAL
+        write_portable(engine, final, base.config, state, plan.tau(state.step), tokenizer.identity())
+    return final
 
-    def save(step: int) -> bool:
-        due = step % settings.checkpoint_every == 0 or step == plan.total_steps
-        if due:
-            save_resume_point(engine, checkpoint_dir, step, order, settings.keep_checkpoints)
-        return due
 
-    fit(engine, packs.step, plan, start_step, metrics, save)
-    if engine.rank == 0:
-        weights, identity = engine.loss.model.state_dict(), tokenizer.identity()
-        save_portable(checkpoint_dir / FINAL, weights, base.config, plan.total_steps, settings.tau, identity)
-    if metrics is not None:
-        metrics.close()
-    engine.close()
-    return checkpoint_dir / FINAL
+def check_inputs(config: SFTConfig) -> ResumePoint | None:
+    """Check what can be checked before anything is made; return where to resume, if anywhere.
+
+    Raises:
+        PolygluError: a folder that cannot be written, or no such checkpoint.
+    """
+    settings, checkpoint_dir = config.training, Path(config.training.checkpoint_dir)
+    check_writable(checkpoint_dir, "training.checkpoint_dir")
+    check_writable(Path(settings.run_dir), "training.run_dir")
+    check_tokenizer(read_checkpoint(settings.init_from), config)
+    found = find_resume_point(settings.resume_from, checkpoint_dir) if settings.resume_from else None
+    if isinstance(found, Checkpoint):
+        raise PolygluError("training.resume_from: fine-tuning starts from a portable file with training.init_from.")
+    return found
 
 
 def check_tokenizer(base: Checkpoint, config: SFTConfig) -> Tokenizer:
@@ -187,15 +194,23 @@ class PackLoader:
         }
 
     def step(self, step: int) -> list[MicroBatch]:
-        """This rank's micro batches of one step; the last step is filled up with batches that train nothing."""
+        """This rank's micro batches of one step; the last step is filled up with batches that train nothing.
+
+        Steps beyond the last, which stand in for data that was passed over, begin with the first packs again.
+        """
         return [
             self._batch((step * self.accumulation + micro) * self.world_size + self.rank)
             for micro in range(self.accumulation)
         ]
 
+    def recut(self) -> None:
+        """None: a smaller micro batch would be other packs, and so another run."""
+
     def _batch(self, index: int) -> MicroBatch:
-        input_ids, targets, cu_seqlens = collate_pack(self.conversations, self.packs[min(index, len(self.packs) - 1)])
-        if index >= len(self.packs):
+        n_packs, n_places = len(self.packs), self.total_steps * self.accumulation * self.world_size
+        place = index % n_places
+        input_ids, targets, cu_seqlens = collate_pack(self.conversations, self.packs[min(place, n_packs - 1)])
+        if place >= n_packs:
             targets = torch.full_like(targets, IGNORED)
         return MicroBatch(input_ids, targets, cu_seqlens, sample_ids=torch.tensor([index]))
 

@@ -5,8 +5,7 @@ import time
 
 import torch
 
-# Dense bf16 peak in FLOP/s, by a part of the device's name (vendors' data sheets).
-_PEAK_FLOPS = {
+PEAK_FLOPS = {
     "A100": 312e12,
     "H100": 989e12,
     "H200": 989e12,
@@ -16,6 +15,7 @@ _PEAK_FLOPS = {
     "4090": 165e12,
     "3090": 71e12,
 }
+"""Dense bf16 peak in FLOP/s, by a part of the device's name (vendors' data sheets)."""
 
 
 def pick_device(local_rank: int = 0) -> torch.device:
@@ -38,7 +38,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Peak FLOP/s that MFU is a share of: the data sheet's, or on other devices that of a measured matrix product."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for part, peak in _PEAK_FLOPS.items():
+        for part, peak in PEAK_FLOPS.items():
             if part in name:
                 return peak
     size = 1024

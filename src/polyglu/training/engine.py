@@ -1,15 +1,11 @@
 """Two engines behind one small interface: plain PyTorch on one device, and DeepSpeed ZeRO on any number of ranks.
 
 The training loop does not know which it drives. Both keep fp32 weights and compute in the dtype of the loss module,
-so that their results agree. ``deepspeed`` is imported here and nowhere else.
+so that their results agree.
 """
 
-import itertools
 import json
-import logging
-import os
-import pickle
-import sys
+import math
 import warnings
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,13 +16,13 @@ from torch import Tensor
 from polyglu.data.dataloader import MicroBatch
 from polyglu.errors import PolygluError
 from polyglu.files import read_json
+from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.config import LoopSection
-from polyglu.model.model import read_tensors
-from polyglu.training.devices import compute_dtype, pick_device
-from polyglu.training.loss import LanguageModelLoss
-from polyglu.training.optimizer import create_optimizer
-
-logger = logging.getLogger(__name__)
+from polyglu.training.devices import compute_dtype
+from polyglu.training.loss import LanguageModelLoss, LossParts
+from polyglu.training.optimizer import adam_state, count_updates, create_optimizer, set_learning_rate, set_updates
+from polyglu.training.ranks import Ranks, launched_distributed
+from polyglu.training.shards import MOMENTS, WEIGHT, Piece
 
 STATED_IN_YAML = {
     "train_micro_batch_size_per_gpu": "training.micro_batch_size",
@@ -43,87 +39,93 @@ class Engine(Protocol):
     """What the loop asks of an engine."""
 
     name: str
-    rank: int
-    world_size: int
-    device: torch.device
+    ranks: Ranks
     loss: LanguageModelLoss
 
-    def forward(self, batch: MicroBatch, tau: float, gumbel: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Summed loss and token logits of a micro batch that is on the device."""
+    def forward(self, batch: MicroBatch, tau: float, gumbel: Tensor | None) -> LossParts:
+        """Loss of a micro batch that is on the device."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of this rank's share of the global loss."""
+    def backward(self, objective: Tensor, last: bool) -> None:
+        """Add the gradient of this rank's share of the global objective; ``last``: of the step."""
 
     def step(self, learning_rate: float) -> float:
-        """Add up the ranks' gradients, clip, update the weights; return the gradient's norm before clipping."""
+        """Add up the ranks' gradients, clip, update the weights; return the gradient's norm before clipping.
 
-    def sum(self, value: float) -> float:
-        """Sum of a number over all ranks."""
+        A gradient that is not finite updates nothing: neither weights nor moments nor their count.
+        """
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
+    def discard(self) -> bool:
+        """Forget the gradients of a step that was broken off; False: that cannot be done."""
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimiser state into a folder (all ranks call it)."""
+    def pieces(self) -> list[Piece]:
+        """Live weights and moments that this rank updates; all ranks together hold each element once."""
 
-    def load(self, folder: Path) -> None:
-        """Take back what ``save`` wrote."""
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory of the device that the engine takes in its first step, besides gradients."""
 
-    def close(self) -> None:
-        """Leave the process group, if any."""
+    @property
+    def updates(self) -> int:
+        """Updates of the weights so far, which AdamW corrects its moments by."""
+
+    @updates.setter
+    def updates(self, count: int) -> None: ...
 
 
 class PlainEngine:
     """One device, plain PyTorch."""
 
     name = "plain"
-    rank = 0
-    world_size = 1
 
-    def __init__(self, loss: LanguageModelLoss, settings: LoopSection, device: torch.device) -> None:
-        self.loss, self.device, self.grad_clip = loss, device, settings.grad_clip
+    def __init__(self, loss: LanguageModelLoss, settings: LoopSection, ranks: Ranks) -> None:
+        self.loss, self.ranks, self.grad_clip = loss, ranks, settings.grad_clip
         self.optimizer = create_optimizer(loss.model, settings)
+        self.pieces()  # makes the moments: what memory they need shows now
 
-    def forward(self, batch: MicroBatch, tau: float, gumbel: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, batch: MicroBatch, tau: float, gumbel: Tensor | None) -> LossParts:
         """See ``Engine``."""
         return self.loss(batch, tau, gumbel)  # type: ignore[no-any-return]
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, objective: Tensor, last: bool) -> None:
         """See ``Engine``."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        objective.backward()  # type: ignore[no-untyped-call]
 
     def step(self, learning_rate: float) -> float:
         """See ``Engine``."""
-        norm = torch.nn.utils.clip_grad_norm_(self.loss.parameters(), self.grad_clip)
-        set_learning_rate(self.optimizer, learning_rate)
-        self.optimizer.step()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.loss.parameters(), self.grad_clip))
+        if math.isfinite(norm):
+            set_learning_rate(self.optimizer, learning_rate)
+            self.optimizer.step()
+        self.discard()
+        return norm
+
+    def discard(self) -> bool:
+        """See ``Engine``."""
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return True
 
-    def sum(self, value: float) -> float:
+    def pieces(self) -> list[Piece]:
         """See ``Engine``."""
-        return value
+        pieces = []
+        for name, parameter in self.loss.model.named_parameters():
+            moments = adam_state(self.optimizer, parameter)
+            tensors = {WEIGHT: parameter.detach(), **{kind: moments[kind] for kind in MOMENTS}}
+            pieces.append(Piece(name, 0, {kind: tensor.view(-1) for kind, tensor in tensors.items()}))
+        return pieces
 
-    def barrier(self) -> None:
+    @property
+    def buffer_bytes(self) -> int:
         """See ``Engine``."""
+        return 0
 
-    def save(self, folder: Path) -> None:
+    @property
+    def updates(self) -> int:
         """See ``Engine``."""
-        torch.save(
-            {"model": self.loss.model.state_dict(), "optimizer": self.optimizer.state_dict()}, folder / "state.pt"
-        )
+        return count_updates(self.optimizer)
 
-    def load(self, folder: Path) -> None:
-        """See ``Engine``."""
-        state = read_tensors(folder / "state.pt")
-        try:
-            self.loss.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
-            raise PolygluError(f"{folder / 'state.pt'} is no state of this run; resume from another one.") from None
-
-    def close(self) -> None:
-        """See ``Engine``."""
+    @updates.setter
+    def updates(self, count: int) -> None:
+        set_updates(self.optimizer, count)
 
 
 class DeepSpeedEngine:
@@ -131,94 +133,80 @@ class DeepSpeedEngine:
 
     name = "deepspeed"
 
-    def __init__(self, loss: LanguageModelLoss, settings: LoopSection, device: torch.device) -> None:
+    def __init__(self, loss: LanguageModelLoss, settings: LoopSection, ranks: Ranks) -> None:
         config = read_deepspeed_config(Path(settings.deepspeed_config))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # DeepSpeed's imports warn about what it does not find
             import deepspeed
 
-        self._comm = deepspeed.comm
-        self.loss, self.device = loss, device
-        config["train_micro_batch_size_per_gpu"] = settings.micro_batch_size
-        config["gradient_accumulation_steps"] = settings.grad_accum_steps
+        # On a CPU, DeepSpeed would compile an all-reduce of its own at the start, and wait forever for a process that
+        # was killed while it did; gloo serves as well.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.loss, self.ranks = loss, ranks
+        # The loop says where a step ends; DeepSpeed needs to know that there may be several micro batches in one.
+        config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"] = 1, 2
         config["gradient_clipping"] = settings.grad_clip
         self.engine, *_ = deepspeed.initialize(
-            model=loss, optimizer=create_optimizer(loss.model, settings), config=config, dist_init_required=True
+            model=loss, optimizer=create_optimizer(loss.model, settings), config=config, dist_init_required=False
         )
-        self.rank, self.world_size = self._comm.get_rank(), self._comm.get_world_size()
+        self.pieces()
 
-    def forward(self, batch: MicroBatch, tau: float, gumbel: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, batch: MicroBatch, tau: float, gumbel: Tensor | None) -> LossParts:
         """See ``Engine``."""
         return self.engine(batch, tau, gumbel)  # type: ignore[no-any-return]
 
-    def backward(self, loss: Tensor) -> None:
-        """See ``Engine``. DeepSpeed averages over ranks; the loss is this rank's share of a sum, so it is undone."""
-        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
-        if not self.engine.is_gradient_accumulation_boundary():
-            self.engine.step()  # only counts the micro batch
+    def backward(self, objective: Tensor, last: bool) -> None:
+        """See ``Engine``. DeepSpeed averages over ranks; the objective is a part of a sum, so that is undone."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(objective * self.ranks.world_size, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
-        """See ``Engine``."""
+        """See ``Engine``. DeepSpeed passes over gradients that are not finite, and calls their norm infinite."""
         set_learning_rate(self.engine.optimizer, learning_rate)
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
-    def sum(self, value: float) -> float:
+    def discard(self) -> bool:
+        """See ``Engine``. Other ranks wait for this one inside a reduction, which cannot be called off."""
+        return False
+
+    def pieces(self) -> list[Piece]:
         """See ``Engine``."""
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
-        self._comm.all_reduce(total)
-        return float(total)
+        zero, pieces = self.engine.optimizer, []
+        for name, parameter in self.loss.model.named_parameters():
+            held = parameter._hp_mapping  # type: ignore[attr-defined]
+            if held is not None:
+                partition = zero.single_partition_of_fp32_groups[held.param_group_index]
+                moments = adam_state(zero.optimizer, partition)
+                tensors = {WEIGHT: partition.detach(), **{kind: moments[kind] for kind in MOMENTS}}
+                start, numel = held.hp_fragment_address.start, held.hp_fragment_address.numel
+                parts = {kind: tensor.narrow(0, start, numel) for kind, tensor in tensors.items()}
+                pieces.append(Piece(name, held.lp_fragment_address.start, parts))
+        return pieces
 
-    def barrier(self) -> None:
+    @property
+    def buffer_bytes(self) -> int:
+        """See ``Engine``. ZeRO gathers gradients in buckets, of which one is filled while another is sent."""
+        zero = self.engine.optimizer
+        buckets = 2 if zero.overlap_comm else 1
+        return buckets * 4 * int(zero.reduce_bucket_size) if zero.contiguous_gradients else 0
+
+    @property
+    def updates(self) -> int:
         """See ``Engine``."""
-        self._comm.barrier()
+        return count_updates(self.engine.optimizer.optimizer)
 
-    def save(self, folder: Path) -> None:
-        """See ``Engine``."""
-        self.engine.save_checkpoint(str(folder), tag="state", save_latest=False)
-
-    def load(self, folder: Path) -> None:
-        """See ``Engine``."""
-        from deepspeed.runtime.fp16.loss_scaler import LossScaler
-        from deepspeed.runtime.zero.config import ZeroStageEnum
-        from deepspeed.utils.tensor_fragment import fragment_address
-
-        # DeepSpeed would unpickle anything: PyTorch's own switch holds the process to tensors and these three classes.
-        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-            try:
-                self.engine.load_checkpoint(str(folder), tag="state")
-            except pickle.UnpicklingError:
-                raise PolygluError(
-                    f"{folder} holds more than tensors and DeepSpeed's own values; nothing in it was executed. "
-                    "Resume from a checkpoint of your own."
-                ) from None
-
-    def close(self) -> None:
-        """See ``Engine``."""
-        self.engine.destroy()
-        torch.distributed.destroy_process_group()
+    @updates.setter
+    def updates(self, count: int) -> None:
+        set_updates(self.engine.optimizer.optimizer, count)
 
 
-def launched_distributed() -> bool:
-    """Whether a launcher (deepspeed, torchrun) started this process as a rank."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def create_engine(model: Any, settings: LoopSection) -> Engine:
+def create_engine(model: PolychromaticLM, settings: LoopSection, ranks: Ranks) -> Engine:
     """DeepSpeed when a launcher started the process as a rank, else plain PyTorch; the model moves to the device."""
-    device = pick_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dtype = compute_dtype(settings.precision, device)
-    loss = LanguageModelLoss(model, dtype, settings.activation_checkpointing == "full").to(device).train()
-    return DeepSpeedEngine(loss, settings, device) if launched_distributed() else PlainEngine(loss, settings, device)
-
-
-def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
-    """Set the rate of all parameter groups."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+    dtype = compute_dtype(settings.precision, ranks.device)
+    loss = LanguageModelLoss(model, dtype, settings.activation_checkpointing == "full", settings.entropy_reg)
+    make = DeepSpeedEngine if launched_distributed() else PlainEngine
+    return make(loss.to(ranks.device).train(), settings, ranks)
 
 
 def read_deepspeed_config(path: Path) -> dict[str, Any]:
@@ -239,22 +227,8 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
     for key, home in STATED_IN_YAML.items():
         if key in config:
             raise PolygluError(f"{path}: remove '{key}': it is stated once, in the training config as {home}.")
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2):
-        raise PolygluError(f"{path}: zero_optimization.stage must be 0, 1 or 2, got {stage!r}.")
+    zero = config.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if stage not in (1, 2):
+        raise PolygluError(f"{path}: zero_optimization.stage must be 1 or 2, got {stage!r}.")
     return config
-
-
-def launch() -> None:
-    """Run DeepSpeed's launcher, which spells ``-m`` as ``--module``: installed as the command ``deepspeed``.
-
-    So ``deepspeed --num_gpus=1 -m src.training.train`` works as ``python -m`` does; all else passes through.
-    """
-    from deepspeed.launcher import runner
-
-    arguments = sys.argv[1:]
-    own = list(itertools.takewhile(lambda argument: not argument.endswith(".py"), arguments))
-    if "-m" in own:
-        arguments[own.index("-m")] = "--module"
-    sys.argv[1:] = arguments
-    runner.main()

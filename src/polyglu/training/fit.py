@@ -1,23 +1,40 @@
-"""The training loop of pre-training and fine-tuning. It does not know the engine, nor where batches come from."""
+"""The training loop of pre-training and fine-tuning. It does not know the engine, nor where batches come from.
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+batch ──► forward, backward ──► loss sane? ──► update ──► state ──► metrics, checkpoint ──► next step
+              │                     └ no: no update; three in a row: back to the last good checkpoint, and on
+              │                           with the data after them
+              └ out of memory, in the first steps: smaller micro batches, the same step again
+"""
+
+import gc
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from polyglu.data.dataloader import MicroBatch
-from polyglu.data.prefetch import prefetch
-from polyglu.model.architecture import PolychromaticLM, PolyGLU
-from polyglu.model.routing import dynamic_entropy, gumbel_noise, static_entropy
-from polyglu.training.devices import peak_flops, peak_memory
+from polyglu.errors import EXIT_BAD_INPUT, Interrupted, PolygluError
+from polyglu.training.checkpoint import step_folder
 from polyglu.training.engine import Engine
-from polyglu.training.metrics import MetricsLog
+from polyglu.training.feed import Feed, Loader
+from polyglu.training.guard import BAD_IN_A_ROW, Fault, RunState
+from polyglu.training.journal import Journal, StepNumbers
+from polyglu.training.loss import batch_noise
+from polyglu.training.memory import is_out_of_memory
+from polyglu.training.saver import Checkpoints, Job
+from polyglu.training.signals import Stop
 
-STEPS_AHEAD = 2
-"""Steps whose batches are made while an earlier one trains."""
+FIRST_STEPS = 3
+"""Steps after the start of the process in which memory that runs out is answered by smaller micro batches."""
+TOO_LARGE = (
+    "the memory does not suffice for training.micro_batch_size: lower it, and raise training.grad_accum_steps by the "
+    "same factor; training.resume_from: auto goes on from the last checkpoint."
+)
+"""What to say when they cannot be smaller."""
 
 
 @dataclass(frozen=True)
@@ -28,119 +45,172 @@ class Plan:
     learning_rate: Callable[[int], float]
     tau: Callable[[int], float]
     seed: int
-    log_every: int
+    checkpoint_every: int
+    skip_spikes: bool = False
+    """Leave out the update of a step whose loss is a spike."""
+    max_rollbacks: int = 3
+    """Returns to a good checkpoint before the run gives up."""
+    files: Callable[[RunState], Mapping[str, Job]] = lambda state: {}
+    """Files due after a step besides resume checkpoints, the same on all ranks: what each is -> what writes it."""
 
 
 def fit(
-    engine: Engine,
-    batches: Callable[[int], Sequence[MicroBatch]],
-    plan: Plan,
-    start_step: int,
-    metrics: MetricsLog | None,
-    save: Callable[[int], bool],
-) -> None:
-    """Train from ``start_step`` to the end of the plan.
+    engine: Engine, loader: Loader, plan: Plan, state: RunState, checkpoints: Checkpoints, journal: Journal, stop: Stop
+) -> RunState:
+    """Train from ``state`` to the end of the plan; return the state there.
 
     The loss of a step is the sum over all targets of the global batch divided by their number, over all micro
     batches and ranks, so that how a batch is cut never changes what is learnt.
 
     Args:
         engine: runs forward, backward and the update.
-        batches: this rank's micro batches of a step; called in a thread of its own, up to ``STEPS_AHEAD`` steps ahead.
+        loader: makes this rank's micro batches.
         plan: schedules and cadence.
-        start_step: steps done.
-        metrics: where rank 0 logs; None on other ranks.
-        save: called after each step with the steps done; writes what is due and tells whether that was anything.
+        state: where the run is.
+        checkpoints: where it is saved.
+        journal: what tells of it.
+        stop: set when the run shall end after the step in hand.
+
+    Raises:
+        Interrupted: ``stop`` was set; the run is saved.
+        PolygluError: bad data, a micro batch that does not fit, or more bad steps than ``max_rollbacks`` mends.
     """
-    meter = _Meter(engine)
-    steps = range(start_step, plan.total_steps)
-    with closing(prefetch(host_batches(batches, steps, engine.device), STEPS_AHEAD)) as ready:
-        for step, (micro_batches, own_targets) in zip(steps, ready, strict=True):
-            tau, rate, n_targets = plan.tau(step), plan.learning_rate(step), engine.sum(own_targets)
-            losses: list[Tensor] = []
-            routing: list[Tensor] = []
-            for host_batch in micro_batches:
-                batch = host_batch.to(engine.device)
-                loss, routing = engine.forward(batch, tau, _noise(engine.loss.model, batch, plan.seed))
-                engine.backward(loss / n_targets)
-                losses.append(loss.detach())
+    ranks, started = engine.ranks, state.step
+    checkpoints.save(state)
+    with _errors_in_order(checkpoints), closing(Feed(loader, ranks.device)) as feed:
+        while state.step < plan.total_steps:
+            micro_batches, own_targets, bad_data = _next_batch(feed, state, plan)
+            flags = stop.requested, checkpoints.is_writing, bad_data is not None
+            n_targets, stops, writing, any_bad_data = ranks.sum([own_targets, *flags])
+            if not writing:
+                checkpoints.settle()
+            if any_bad_data:
+                checkpoints.finish()
+                raise bad_data or SystemExit(EXIT_BAD_INPUT)  # the rank that has the fault says it
+            if stops:
+                raise _interrupted(state, checkpoints)
+            tau, rate = plan.tau(state.step), plan.learning_rate(state.step)
+            passes = _forward_backward(engine, micro_batches, max(1.0, n_targets), state, tau, plan)
+            if passes is None:
+                feed.use(_smaller(engine, feed.loader, state.step - started))
+                continue
             grad_norm = engine.step(rate)
-            done = step + 1
-            meter.count(sum(batch.input_ids.numel() for batch in micro_batches))
-            if done % plan.log_every == 0 or done in (1, plan.total_steps):
-                values = {"train/loss": engine.sum(float(torch.stack(losses).sum())) / n_targets}
-                values |= {"train/lr": rate, "train/tau": tau, "train/grad_norm": grad_norm}
-                values |= meter.read() | routing_metrics(engine.loss.model, routing)
-                if metrics is not None:
-                    metrics.log(done, values)
-            if save(done):
-                meter.restart()
+            state = state.after_step(passes.loss, updated=math.isfinite(grad_norm))
+            tokens = sum(batch.input_ids.numel() for batch in micro_batches)
+            numbers = StepNumbers(passes.loss, grad_norm, passes.fault, passes.barred, rate, tau, tokens)
+            journal.step(state, numbers, passes.routing)
+            if state.bad_in_a_row == BAD_IN_A_ROW:
+                state = _go_back(state, plan, checkpoints, journal)
+            else:
+                state = _save_what_is_due(state, plan, checkpoints, journal)
+    checkpoints.finish()
+    return state
 
 
-def host_batches(
-    batches: Callable[[int], Sequence[MicroBatch]], steps: Iterable[int], device: torch.device
-) -> Iterator[tuple[Sequence[MicroBatch], int]]:
-    """Micro batches of each step, ready to be copied to the device, and the number of their targets."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # each thread has a current device of its own
-    for step in steps:
-        made = batches(step)
-        n_targets = sum(batch.n_targets for batch in made)
-        yield [batch.pin_memory() for batch in made] if device.type == "cuda" else made, n_targets
+def _next_batch(feed: Feed, state: RunState, plan: Plan) -> tuple[Sequence[MicroBatch], int, Exception | None]:
+    """This rank's micro batches and the number of their targets; or why there are none."""
+    try:
+        return *feed.step(state.step + state.passed, plan.total_steps + state.passed), None
+    except (PolygluError, OSError) as error:
+        return [], 0, error
 
 
-def _noise(model: PolychromaticLM, batch: MicroBatch, seed: int) -> Tensor | None:
-    config = model.config
-    if config.ffn != "polyglu":
+class _Passes(NamedTuple):
+    """What the passes of a step gave besides the gradient, which the engine holds."""
+
+    loss: float
+    fault: Fault | None
+    barred: bool
+    routing: list[Tensor]
+
+
+def _forward_backward(
+    engine: Engine, micro_batches: Sequence[MicroBatch], n_targets: float, state: RunState, tau: float, plan: Plan
+) -> _Passes | None:
+    """Gradient of a step; None: memory is out. All that the passes held is free when it returns."""
+    losses: list[Tensor] = []
+    try:
+        for host_batch in micro_batches:
+            batch, last = host_batch.to(engine.ranks.device), host_batch is micro_batches[-1]
+            parts = engine.forward(batch, tau, batch_noise(engine.loss.model.config, batch, plan.seed))
+            losses.append(parts.loss.detach())
+            objective = (parts.loss + parts.penalty) / n_targets
+            if last:
+                loss = engine.ranks.sum([float(torch.stack(losses).sum())])[0] / n_targets
+                fault = state.fault_of(loss)
+                barred = fault == "not finite" or (fault == "spike" and plan.skip_spikes)
+                if barred:
+                    objective = objective * math.nan  # no engine updates with a gradient of NaN
+            engine.backward(objective, last)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         return None
-    return gumbel_noise(seed, batch.sample_ids, config.n_layers, config.d_ff, config.n_activations)
+    return _Passes(loss, fault, barred, parts.routing)
 
 
-@torch.no_grad()
-def routing_metrics(model: PolychromaticLM, routing: Sequence[Tensor]) -> dict[str, float]:
-    """Static and dynamic routing entropy in nats, per layer and mean; nothing for a model without routing.
+def _save_what_is_due(state: RunState, plan: Plan, checkpoints: Checkpoints, journal: Journal) -> RunState:
+    """The state that knows of it. Among bad steps no resume checkpoint is due: a rollback could not use it."""
+    last = state.step == plan.total_steps
+    resumable = last or (state.step % plan.checkpoint_every == 0 and not state.bad_in_a_row)
+    if resumable and not state.bad_in_a_row:
+        state = replace(state, due=state.step)
+    files = plan.files(state)
+    if resumable or files:
+        journal.sync()
+        journal.waited(checkpoints.save(state, files, resumable))
+    return state
 
-    Args:
-        model: the model.
-        routing: token logits ``[B, S, K]`` of each layer, on the batch in hand.
+
+def _go_back(state: RunState, plan: Plan, checkpoints: Checkpoints, journal: Journal) -> RunState:
+    """Return to the last good checkpoint, past the data since then."""
+    if state.rollbacks >= plan.max_rollbacks:
+        checkpoints.finish()
+        checkpoints.ranks.agree(lambda: _give_up(state))
+    back = checkpoints.return_to_good(state)
+    journal.went_back(back)
+    passed = f"the data of the {state.step - back.step:,} steps since then is passed over"
+    said = f"{BAD_IN_A_ROW} steps in a row without an update: back to step {back.step:,}; {passed}"
+    journal.tell(state.step, "rollback", said, "warning")
+    return back
+
+
+def _give_up(state: RunState) -> NoReturn:
+    raise PolygluError(
+        f"training failed at step {state.step:,}: {BAD_IN_A_ROW} steps in a row without an update, after "
+        f"{state.rollbacks} returns to an earlier checkpoint (training.max_rollbacks). Lower learning_rate or "
+        "check the data; training.resume_from: auto goes on from the last good checkpoint."
+    )
+
+
+def _smaller(engine: Engine, loader: Loader, steps_done: int) -> Loader:
+    """A loader of smaller micro batches, once the gradients of the broken step are forgotten."""
+    gc.collect()  # frames that hold each other, and the tensors of the broken passes
+    smaller = loader.recut() if steps_done < FIRST_STEPS and engine.discard() else None
+    if smaller is None:
+        raise PolygluError(TOO_LARGE)
+    return smaller
+
+
+@contextmanager
+def _errors_in_order(checkpoints: Checkpoints) -> Iterator[None]:
+    """An error loses no save that is under way, and missing memory is put into words.
+
+    An update that finds no memory is not tried again: a part of it may have been made.
     """
-    values: dict[str, float] = {}
-    layers = [layer.mlp for layer in model.layers if isinstance(layer.mlp, PolyGLU)]
-    if layers:
-        static = [float(static_entropy(layer.alpha).mean()) for layer in layers]
-        dynamic = [float(dynamic_entropy(layer.alpha, logits)) for layer, logits in zip(layers, routing, strict=True)]
-        for kind, entropies in (("routing_entropy", static), ("dynamic_routing_entropy", dynamic)):
-            values |= {f"{kind}/layer_{index}": entropy for index, entropy in enumerate(entropies)}
-            values[f"{kind}/mean"] = sum(entropies) / len(entropies)
-    return values
+    try:
+        yield
+    except BaseException as error:
+        if checkpoints.ranks.world_size == 1:  # other ranks may not have the error
+            checkpoints.finish()
+        if is_out_of_memory(error):
+            raise PolygluError(TOO_LARGE) from None
+        raise
 
 
-class _Meter:
-    """Tokens per second of all ranks since the last reading, and the share of the devices' peak (MFU by 6 N)."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.parameters = sum(parameter.numel() for parameter in engine.loss.model.parameters())
-        self.peak = peak_flops(engine.device, engine.loss.compute_dtype)
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget the time until now, as after a save."""
-        self.tokens, self.since = 0, time.perf_counter()
-
-    def count(self, tokens: int) -> None:
-        """Add this rank's tokens of a step."""
-        self.tokens += tokens
-
-    def read(self) -> dict[str, float]:
-        """Speed since the last reading, and memory."""
-        if self.engine.device.type == "cuda":
-            torch.cuda.synchronize(self.engine.device)
-        elapsed = time.perf_counter() - self.since
-        rate = self.tokens / elapsed if self.tokens else 0.0
-        self.restart()
-        return {
-            "train/tokens_per_sec": rate * self.engine.world_size,
-            "train/mfu": 6 * self.parameters * rate / self.peak,
-            "train/peak_memory_gb": peak_memory(self.engine.device) / 1e9,
-        }
+def _interrupted(state: RunState, checkpoints: Checkpoints) -> Interrupted:
+    checkpoints.save(state)
+    checkpoints.finish()
+    folder = step_folder(checkpoints.checkpoint_dir, state.step)
+    saved = f"saved in {folder}" if folder.exists() else f"NOT saved; {folder.parent} has what was saved before"
+    return Interrupted(f"stopped after step {state.step:,}, {saved}.")

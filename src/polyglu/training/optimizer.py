@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from polyglu.model.config import LoopSection
 
@@ -32,3 +32,32 @@ def create_optimizer(model: nn.Module, settings: LoopSection) -> torch.optim.Ada
         eps=settings.adam_eps,
         fused=next(model.parameters()).is_cuda,
     )
+
+
+def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
+    """Set the rate of all parameter groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def adam_state(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[str, Tensor]:
+    """AdamW's moments of a parameter and the count of its updates; made as zeros where AdamW has not made them yet."""
+    state: dict[str, Tensor] = optimizer.state[parameter]
+    if not state:
+        on_device = optimizer.defaults["fused"]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
+        state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return state
+
+
+def count_updates(optimizer: torch.optim.AdamW) -> int:
+    """Updates that AdamW has made: of all parameters equally many, for each has a gradient in every step."""
+    (count,) = {int(state["step"]) for state in optimizer.state.values()}
+    return count
+
+
+def set_updates(optimizer: torch.optim.AdamW, count: int) -> None:
+    """Set what ``count_updates`` tells."""
+    for state in optimizer.state.values():
+        state["step"].fill_(count)

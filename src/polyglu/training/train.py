@@ -2,33 +2,41 @@
 
 python -m src.training.train --config configs/train_config.yaml                          one device, plain PyTorch
 deepspeed --num_gpus=1 -m src.training.train --config configs/train_config.yaml          ZeRO, any number of ranks
+polyglu train --dry-run configs/train_config.yaml                            checks, tries two steps, writes nothing
 
-config ──► sources ──► TokenLoader.step(s) ──► fit() ──► checkpoints, metrics.jsonl, W&B
+config ──► sources ──► TokenLoader ──► run() ──► fit() ──► checkpoints, metrics.jsonl, events.jsonl, W&B
 """
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from polyglu.config_file import load_config
 from polyglu.data.chunks import TokenSource, open_source
-from polyglu.data.dataloader import TokenLoader
+from polyglu.data.dataloader import MicroBatch, TokenLoader
 from polyglu.data.order import MixSchedule
 from polyglu.data.verify import require_intact
 from polyglu.errors import PolygluError, run_command
 from polyglu.files import check_writable
 from polyglu.logs import configure_logging
+from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.config import TrainConfig, TrainingSection
-from polyglu.model.model import Checkpoint, create_model, load_checkpoint, save_portable
-from polyglu.training.checkpoint import find_resume_point, resume, save_resume_point
+from polyglu.model.model import Checkpoint, create_model, load_checkpoint, read_checkpoint
+from polyglu.training.checkpoint import ResumePoint, find_resume_point
 from polyglu.training.engine import Engine, create_engine
 from polyglu.training.fit import Plan, fit
-from polyglu.training.metrics import open_metrics
+from polyglu.training.guard import RunState
+from polyglu.training.memory import announce as announce_size
+from polyglu.training.memory import fit_micro_batch, rows_per_step, smaller
+from polyglu.training.portable import portable_writer, write_portable
+from polyglu.training.ranks import Ranks, connect
+from polyglu.training.saver import Job
 from polyglu.training.schedules import learning_rate, temperature
+from polyglu.training.session import apply_determinism, saying_how_to_go_on, session
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +47,29 @@ SEQUENCE_SCOPE_NOTE = (
 
 
 def main(
-    config: Annotated[Path, typer.Option(help="Training config (YAML).")],
+    path: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="Training config (YAML).")] = None,
+    config: Annotated[Path | None, typer.Option(help="The same, as an option.")] = None,
     set_: Annotated[list[str], typer.Option("--set", help="Override: section.key=value; may be repeated.")] = [],  # noqa: B006
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, try two steps, print the plan.")
+    ] = False,
+    price_per_hour: Annotated[float | None, typer.Option(help="Of one GPU, for the plan.", min=0.0)] = None,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Given by the launcher.")] = 0,
 ) -> None:
     """Pre-train a model."""
     configure_logging(rank=int(os.environ.get("RANK", local_rank)))
-    train(load_config(TrainConfig, config, set_))
+    chosen = path or config
+    if chosen is None or (path and config):
+        raise PolygluError("give one training config: polyglu train CONFIG, or --config CONFIG.")
+    if dry_run:
+        from polyglu.training.dry_run import rehearse  # which imports this module
+
+        rehearse(load_config(TrainConfig, chosen, set_), price_per_hour)
+        return
+    if price_per_hour is not None:
+        raise PolygluError("--price-per-hour is for the plan that --dry-run prints; give both.")
+    with saying_how_to_go_on("train", chosen, set_):
+        train(load_config(TrainConfig, chosen, set_))
 
 
 def train(config: TrainConfig) -> Path:
@@ -55,27 +79,20 @@ def train(config: TrainConfig) -> Path:
         The final portable checkpoint.
 
     Raises:
-        PolygluError: data, checkpoint or config that do not fit.
+        PolygluError: data, checkpoint or config that do not fit, or numbers that stay bad.
+        Interrupted: a signal asked to stop; the run is saved.
     """
-    settings = config.training
-    checkpoint_dir = Path(settings.checkpoint_dir)
-    check_writable(checkpoint_dir, "training.checkpoint_dir")
-    check_writable(Path(settings.run_dir), "training.run_dir")
+    settings, ranks = config.training, connect()
+    apply_determinism(settings)
+    ranks.agree(lambda: check_inputs(config))
     sources = open_sources(config)
-    found = find_resume_point(settings.resume_from, checkpoint_dir) if settings.resume_from else None
-    if isinstance(found, Checkpoint) and settings.resume_from:
-        check_tokenizer(found, sources[0], settings.resume_from)
-        model, start_step = load_checkpoint(settings.resume_from, config.model)[0], found.step
-        logger.info("weights and step %d from %s; it has no optimiser state", start_step, settings.resume_from)
-    else:
-        model, start_step = create_model(config.model, settings.seed), 0
-    engine = create_engine(model, settings)
-    if config.data.verify_hashes and engine.rank == 0:
-        for source in sources:
-            require_intact(source.folder)
-    loader = create_loader(config, sources, engine)
-    order = {"model": config.model.model_dump(mode="json", exclude={"use_flash_attn"}), **loader.identity}
-    start_step = resume(engine, found, order) or start_step
+    start = ranks.agree(lambda: find_start(config, sources[0]))
+    found = read_checkpoint(start) if isinstance(start, Path) else start
+    engine = create_engine(starting_model(config, found), settings, ranks)
+    size = fit_micro_batch(settings, engine.loss, ranks, settings.tau_max, engine.buffer_bytes)
+    loader = CutLoader(lambda rows: create_loader(config, sources, ranks, rows), size, rows_per_step(settings))
+    order = data_order(config, loader.loader)
+    tokenizer, checkpoint_dir = sources[0].manifest["tokenizer"], Path(settings.checkpoint_dir)
     plan = Plan(
         total_steps=settings.total_steps,
         learning_rate=lambda step: learning_rate(
@@ -83,37 +100,72 @@ def train(config: TrainConfig) -> Path:
         ),
         tau=lambda step: temperature(step, settings.total_steps, settings.tau_max, settings.tau_min),
         seed=settings.seed,
-        log_every=settings.log_every,
+        checkpoint_every=settings.checkpoint_every,
+        skip_spikes=settings.on_loss_spike == "skip",
+        max_rollbacks=settings.max_rollbacks,
+        files=lambda state: portable_files(engine, config, state, tokenizer, order),
     )
-    _announce(config, engine)
-    metrics = open_metrics(config, engine.rank, start_step, plan.total_steps)
+    announce(config, engine, size)
+    with session(config, engine, plan.total_steps, found, order) as run:
+        state = fit(engine, loader, plan, run.state, run.checkpoints, run.journal, run.stop)
+        final = checkpoint_dir / "portable_final.pt"
+        write_portable(engine, final, config.model, state, plan.tau(state.step), tokenizer)
+    return final
 
-    def save_weights(name: str, step: int) -> None:
-        if engine.rank == 0:
-            weights, tokenizer = engine.loss.model.state_dict(), sources[0].manifest["tokenizer"]
-            save_portable(checkpoint_dir / name, weights, config.model, step, plan.tau(step), tokenizer)
 
-    def save(step: int) -> bool:
-        resume = step % settings.checkpoint_every == 0 or step == settings.total_steps
-        portable = step % portable_interval(settings) == 0
-        if resume:
-            save_resume_point(engine, checkpoint_dir, step, order, settings.keep_checkpoints)
-        if portable:
-            save_weights(f"portable_step{step}.pt", step)
-        return resume or portable
-
-    fit(engine, loader.step, plan, start_step, metrics, save)
-    save_weights("portable_final.pt", plan.total_steps)
-    if metrics is not None:
-        metrics.close()
-    engine.close()
-    return checkpoint_dir / "portable_final.pt"
+def portable_files(
+    engine: Engine, config: TrainConfig, state: RunState, tokenizer: Mapping[str, Any], order: Mapping[str, Any]
+) -> dict[str, Job]:
+    """The portable checkpoint that is due after a step, if one is."""
+    settings = config.training
+    if state.step % portable_interval(settings):
+        return {}
+    path = Path(settings.checkpoint_dir) / f"portable_step{state.step}.pt"
+    tau = temperature(state.step, settings.total_steps, settings.tau_max, settings.tau_min)
+    with_order = order if settings.portable_optimizer else None
+    return {path.name: portable_writer(engine, path, config.model, state, tau, tokenizer, with_order)}
 
 
 def portable_interval(settings: TrainingSection) -> int:
     """Steps between portable checkpoints: as configured, or with each resume checkpoint in a run too short for that."""
     short = settings.total_steps < settings.portable_checkpoint_every
     return settings.checkpoint_every if short else settings.portable_checkpoint_every
+
+
+def check_inputs(config: TrainConfig) -> None:
+    """Check folders and data, as far as that is possible before the model is made.
+
+    Raises:
+        PolygluError: what does not fit.
+    """
+    check_writable(Path(config.training.checkpoint_dir), "training.checkpoint_dir")
+    check_writable(Path(config.training.run_dir), "training.run_dir")
+    for source in open_sources(config):
+        if config.data.verify_hashes:
+            require_intact(source.folder)
+
+
+def find_start(config: TrainConfig, source: TokenSource) -> ResumePoint | Path | None:
+    """What ``training.resume_from`` leads to: a resume point, or a portable checkpoint.
+
+    Raises:
+        PolygluError: nothing whole, or a checkpoint of another tokenizer than the data's.
+    """
+    settings = config.training
+    if settings.resume_from is None:
+        return None
+    found = find_resume_point(settings.resume_from, Path(settings.checkpoint_dir))
+    if isinstance(found, Checkpoint):
+        check_tokenizer(found, source, settings.resume_from)
+        return Path(settings.resume_from)
+    return found
+
+
+def starting_model(config: TrainConfig, found: ResumePoint | Checkpoint | None) -> PolychromaticLM:
+    """The model with the weights of a portable checkpoint, or else with initial ones."""
+    if isinstance(found, Checkpoint) and config.training.resume_from:
+        return load_checkpoint(config.training.resume_from, config.model)[0]
+    return create_model(config.model, config.training.seed)
 
 
 def open_sources(config: TrainConfig) -> list[TokenSource]:
@@ -124,19 +176,35 @@ def open_sources(config: TrainConfig) -> list[TokenSource]:
             tokens in its vocabulary than the model.
     """
     sources = [open_source(Path(source.path), name) for name, source in config.data.sources.items()]
-    first = sources[0]
-    for source in sources:
-        if source.manifest["tokenizer"]["fingerprint"] != first.manifest["tokenizer"]["fingerprint"]:
-            raise PolygluError(
-                f"{source.folder} was tokenised with {source.manifest['tokenizer']['name']}, {first.folder} with "
-                f"{first.manifest['tokenizer']['name']}; tokenise all sources with one tokenizer."
-            )
-        if source.vocab_size > config.model.vocab_size:
-            raise PolygluError(
-                f"{source.folder} was tokenised with a vocabulary of {source.vocab_size}, model.vocab_size is "
-                f"{config.model.vocab_size}; set it to at least the tokenizer's."
-            )
+    for fault in source_faults(sources, config.model.vocab_size):
+        raise PolygluError(fault)
     return sources
+
+
+def source_faults(sources: Sequence[TokenSource], vocab_size: int) -> Iterator[str]:
+    """What keeps sources from being trained on together: another tokenizer than the first one's, or too many tokens.
+
+    Args:
+        sources: open ones.
+        vocab_size: of the model.
+    """
+    for source in sources:
+        tokenizer, first = source.manifest["tokenizer"], sources[0].manifest["tokenizer"]
+        if tokenizer["fingerprint"] != first["fingerprint"]:
+            yield (
+                f"{source.folder} was tokenised with {tokenizer['name']}, {sources[0].folder} with {first['name']}; "
+                "tokenise all sources with one tokenizer."
+            )
+        if source.vocab_size > vocab_size:
+            yield (
+                f"{source.folder} was tokenised with a vocabulary of {source.vocab_size}, model.vocab_size is "
+                f"{vocab_size}; set it to at least the tokenizer's."
+            )
+
+
+def data_order(config: TrainConfig, loader: TokenLoader) -> dict[str, Any]:
+    """What determines a run's model and data order."""
+    return {"model": config.model.model_dump(mode="json", exclude={"use_flash_attn"}), **loader.identity}
 
 
 def check_tokenizer(checkpoint: Checkpoint, source: TokenSource, path: str) -> None:
@@ -153,8 +221,8 @@ def check_tokenizer(checkpoint: Checkpoint, source: TokenSource, path: str) -> N
         )
 
 
-def create_loader(config: TrainConfig, sources: Sequence[TokenSource], engine: Engine) -> TokenLoader:
-    """Loader of this rank's batches."""
+def create_loader(config: TrainConfig, sources: Sequence[TokenSource], ranks: Ranks, rows: int) -> TokenLoader:
+    """Loader of this rank's batches, in micro batches of ``rows`` rows."""
     shares = config.data.sources.values()
     return TokenLoader(
         sources,
@@ -165,25 +233,52 @@ def create_loader(config: TrainConfig, sources: Sequence[TokenSource], engine: E
             total_steps=config.training.total_steps,
         ),
         seq_length=config.model.seq_length,
-        rows=config.training.micro_batch_size,
-        accumulation=config.training.grad_accum_steps,
-        rank=engine.rank,
-        world_size=engine.world_size,
+        rows=rows,
+        accumulation=rows_per_step(config.training) // rows,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
         seed=config.training.seed,
         vocab_size=config.model.vocab_size,
     )
 
 
-def _announce(config: TrainConfig, engine: Engine) -> None:
-    settings = config.training
-    rows = settings.micro_batch_size * settings.grad_accum_steps * engine.world_size
+class CutLoader:
+    """A token loader whose micro batches can be made smaller: the same rows a step, in the same order.
+
+    Args:
+        make: makes a loader of micro batches of a number of rows.
+        size: that number.
+        rows: of a step on this rank.
+    """
+
+    def __init__(self, make: Callable[[int], TokenLoader], size: int, rows: int) -> None:
+        self.make, self.size, self.rows, self.loader = make, size, rows, make(size)
+
+    def step(self, index: int) -> list[MicroBatch]:
+        """This rank's micro batches of one step."""
+        return self.loader.step(index)
+
+    def recut(self) -> "CutLoader | None":
+        """A loader of the next smaller micro batches; None if they are of one row."""
+        size = smaller(self.size, self.rows)
+        if size is None:
+            return None
+        announce_size(self.size, size, self.rows)
+        return CutLoader(self.make, size, self.rows)
+
+
+def announce(config: TrainConfig, engine: Engine, micro_batch_size: int) -> None:
+    """Say what is about to be trained, and how."""
+    rows = rows_per_step(config.training) * engine.ranks.world_size
     logger.info(
-        "%s parameters, %s tokens a step, %s engine on %d x %s, compute in %s",
+        "%s parameters, %s tokens a step in micro batches of %d x %d, %s engine on %d x %s, compute in %s",
         f"{sum(parameter.numel() for parameter in engine.loss.model.parameters()):,}",
         f"{rows * config.model.seq_length:,}",
+        micro_batch_size,
+        config.model.seq_length,
         engine.name,
-        engine.world_size,
-        engine.device.type,
+        engine.ranks.world_size,
+        engine.ranks.device.type,
         str(engine.loss.compute_dtype).removeprefix("torch."),
     )
     if config.model.ffn == "polyglu" and config.model.routing_scope == "sequence":

@@ -148,6 +148,20 @@ def test_restore_at_every_step_continues_the_sequence(root: Path, data: st.DataO
             assert all(equal(*pair) for pair in zip(restored.step(step), sequence[step], strict=True))
 
 
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_steps_beyond_the_run_are_the_same_for_any_number_of_ranks(root: Path, data: st.DataObject) -> None:
+    """They stand in for data that a return to a checkpoint passed over; their samples are numbered on."""
+    run = data.draw(runs(root))
+    step = run.mix.total_steps + data.draw(st.integers(0, 2 * run.mix.total_steps))
+    (alone,) = run.loader(rows=run.samples).step(step)
+    assert alone.sample_ids.tolist() == list(range(step * run.samples, (step + 1) * run.samples))
+    ranks = [run.loader(2, rank, 2).step(step) for rank in range(2)]
+    together = list(chain.from_iterable(zip(*ranks, strict=True)))
+    for name in ("input_ids", "targets", "sample_ids"):
+        assert torch.equal(torch.cat([getattr(one, name) for one in together]), getattr(alone, name))
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_rows_are_what_lies_on_disk_and_no_boundary_is_missed(root: Path, data: st.DataObject) -> None:

@@ -142,10 +142,44 @@ def test_a_step_depends_on_no_other(samples: int, block: int, steps: list[int]) 
     assert one_by_one == [together.step(step)[1].tolist() for step in range(50)]
 
 
-@pytest.mark.parametrize("step", [-1, 50])
-def test_a_step_outside_the_run_is_refused(step: int) -> None:
-    with pytest.raises(IndexError, match="of a run of 50 steps"):
-        order().step(step)
+def test_a_step_before_the_run_is_refused() -> None:
+    with pytest.raises(IndexError, match="step -1 of a run"):
+        order().step(-1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(schedules(), st.data())
+def test_steps_beyond_the_run_go_on_with_its_last_mix(case: tuple[MixSchedule, int], data: st.DataObject) -> None:
+    """They stand in for data that was passed over: quotas of the end, epochs that go on, nothing twice in an epoch."""
+    mix, samples = case
+    size, steps = len(mix.start), mix.total_steps
+    windows = data.draw(st.lists(st.integers(1, 40), min_size=size, max_size=size))
+    digests = [f"digest {index}" for index in range(size)]
+    run, beyond = SampleOrder(windows, digests, mix, samples, 0), data.draw(st.integers(1, 70))
+    drawn = [np.zeros(count, dtype=int) for count in windows]
+    for step in range(steps + beyond):
+        sources, places = run.step(step)
+        assert len(sources) == samples
+        for source, window in zip(sources, places, strict=True):
+            drawn[source][window] += 1
+        if step == steps - 1:
+            taken = [counts.sum() for counts in drawn]
+        assert all(counts.max() - counts.min() <= 1 for counts in drawn)
+    last = mix.at(steps) * samples
+    for counts, before, share in zip(drawn, taken, last, strict=True):
+        assert abs(counts.sum() - before - beyond * share) < 1 + 1e-5 + beyond // steps  # exact in each length of a run
+    assert [values.tolist() for values in SampleOrder(windows, digests, mix, samples, 0).step(step)] == [
+        sources.tolist(), places.tolist()
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("block", [1, 24, 8192])
+def test_the_steps_of_the_run_do_not_depend_on_those_beyond_it(block: int) -> None:
+    with patch.object(order_module, "BLOCK_SAMPLES", block):
+        first, late = order(), order()
+        late.step(170)
+        for step in (0, 17, 49, 50, 51, 101, 170):
+            assert [values.tolist() for values in first.step(step)] == [values.tolist() for values in late.step(step)]
 
 
 def test_the_order_of_a_run_stays_what_it_was() -> None:
@@ -186,3 +220,10 @@ def test_large_run_starts_at_once() -> None:
     assert len(sources) == 128
     assert (np.bincount(sources, minlength=3) / 128) == pytest.approx([0.85, 0.10, 0.05], abs=1.1 / 128)
     assert windows.max() < 1_700_000
+
+
+def test_the_mix_of_a_step_is_its_own() -> None:
+    """Not that of the step before: with samples enough, each step's counts are its shares exactly."""
+    mix = MixSchedule(start=(1.0, 0.0), end=(0.0, 1.0), anneal_start=0.0, total_steps=5)
+    run = SampleOrder([100, 100], ["a", "b"], mix, samples_per_step=10, seed=0)
+    assert [int(run.step(step)[0].sum()) for step in range(5)] == [0, 2, 4, 6, 8]

@@ -150,3 +150,16 @@ def test_text_is_cut_at_the_first_stop_string() -> None:
     assert cut_at("a b c", ["c", "b"]) == "a "
     assert cut_at("a b c", ["x"]) == "a b c"
     assert cut_at("a", []) == "a"
+
+
+def test_prompts_of_a_batch_run_together(opened: Inference) -> None:
+    passes: list[int] = []
+    hook = opened.model.embed_tokens.register_forward_hook(lambda *_: passes.append(1))
+    harness(opened, 4).loglikelihood(instances("loglikelihood", PAIRS[:4]), disable_tqdm=True)
+    assert len(passes) == 1
+    passes.clear()
+    settings = {"until": [], "max_gen_toks": 3}
+    prompts = [(prompt, settings) for prompt, _ in (PAIRS[0], PAIRS[2], PAIRS[4], PAIRS[5])]
+    harness(opened, 4).generate_until(instances("generate_until", prompts))
+    hook.remove()
+    assert len(passes) == 3  # one a new token
