@@ -157,6 +157,7 @@ class Checkpoints:
             for cut_off in temporary.parent.glob(f"step_*{TEMPORARY_SUFFIX}"):
                 shutil.rmtree(cut_off)
             if final.exists():
+                prune(self.checkpoint_dir, self.keep)  # a kill right after that save may have come before it
                 return False
             free = shutil.disk_usage(temporary.parent).free
             if free >= self.n_bytes:

@@ -221,6 +221,16 @@ def test_a_step_that_is_saved_is_not_saved_again(tmp_path: Path) -> None:
     assert is_portable(tmp_path / "portable.pt", 10)
 
 
+def test_older_ones_that_a_kill_left_are_removed_where_the_run_goes_on(tmp_path: Path) -> None:
+    saved = Saved(tmp_path)
+    for step in (10, 20):
+        saved.save(step)
+    shutil.copytree(saved.root / "step_00000010", saved.root / "step_00000005")
+    saved.checkpoints.save(RunState(step=20))
+    saved.checkpoints.finish()
+    assert saved.names() == ["step_00000010", "step_00000020"] and not saved.told
+
+
 def test_a_left_over_of_the_same_step_is_no_obstacle(tmp_path: Path) -> None:
     saved = Saved(tmp_path)
     left_over = saved.root / "step_00000010.tmp"
