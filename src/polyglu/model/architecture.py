@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from polyglu.model.activations import ACTIVATIONS
-from polyglu.model.config import ModelConfig, RoutingScope
+from polyglu.model.config import KernelName, ModelConfig, Recompute, RoutingScope
 from polyglu.model.flash_attention import attention
 from polyglu.model.packing import Packing
-from polyglu.model.routing import mix_activations, pool
+from polyglu.model.routing import RoutingState, gated_mixture, pool, projected_mixture
 
 ROPE_BASE = 10000.0
 ROUTER_WIDTH = 32
@@ -24,7 +24,10 @@ SINGLE_ACTIVATION = {"reglu": 0, "tanhglu": 1, "swiglu": 2, "geglu": 3}
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32.
+
+    Under autocast the result has its dtype: it goes into matrix products, each of which would convert it by itself.
+    """
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -32,8 +35,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``[..., width]``; shape and dtype are kept."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        """Normalise ``[..., width]``; the shape is kept, and without autocast the dtype."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(dtype)
 
 
 class RotaryEmbedding(nn.Module):
@@ -96,11 +101,18 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, scope: RoutingScope, packing: Packing) -> Tensor:
         """``[B, T, D]`` -> fp32 ``[B, S, K]``."""
-        projected = F.linear(x, self.hidden.weight).float()  # [B, T, R]
+        projected = self.project(x)
         with torch.autocast(x.device.type, enabled=False):
-            hidden = F.relu(pool(projected, scope, packing) + self.hidden.bias)  # [B, S, R]
-            logits: Tensor = self.out(hidden)
-            return logits
+            return self.logits(pool(projected, scope, packing))
+
+    def project(self, x: Tensor) -> Tensor:
+        """What the mean is taken of: ``[..., D]`` -> fp32 ``[..., R]``."""
+        return F.linear(x, self.hidden.weight).float()
+
+    def logits(self, mean: Tensor) -> Tensor:
+        """Of a mean, outside autocast: fp32 ``[..., R]`` -> ``[..., K]``."""
+        logits: Tensor = self.out(F.relu(mean + self.hidden.bias))
+        return logits
 
 
 class PolyGLU(nn.Module):
@@ -118,11 +130,19 @@ class PolyGLU(nn.Module):
         d_ff: neurons, F.
         n_activations: K, the first K of ``ACTIVATIONS``.
         routing_scope: what h_bar is a mean of; ``causal`` is the one that is honest in a language model.
+        kernels: what computes the mixture.
     """
 
-    def __init__(self, d_model: int, d_ff: int, n_activations: int = 4, routing_scope: RoutingScope = "causal") -> None:
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        n_activations: int = 4,
+        routing_scope: RoutingScope = "causal",
+        kernels: KernelName = "auto",
+    ) -> None:
         super().__init__()
-        self.routing_scope = routing_scope
+        self.routing_scope, self.kernels = routing_scope, kernels
         self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
         self.up_proj = nn.Linear(d_model, d_ff, bias=False)
         self.down_proj = nn.Linear(d_ff, d_model, bias=False)
@@ -131,7 +151,7 @@ class PolyGLU(nn.Module):
         self.router = Router(d_model, n_activations)
 
     def forward(
-        self, x: Tensor, *, cu_seqlens: Tensor | None = None, tau: float = 1.0, gumbel: Tensor | None = None
+        self, x: Tensor, *, cu_seqlens: Tensor | None = None, tau: float | Tensor = 1.0, gumbel: Tensor | None = None
     ) -> Tensor:
         """Feed ``[B, T, D]`` forward.
 
@@ -152,11 +172,39 @@ class PolyGLU(nn.Module):
         logits: Tensor = self.router(x, self.routing_scope, packing)
         return self.beta.float() * logits
 
-    def combine(self, x: Tensor, token_logits: Tensor, tau: float, gumbel: Tensor | None) -> Tensor:
-        """Output ``[B, T, D]`` for given token logits ``[B, S, K]`` and noise ``[B, F, K]``."""
+    def combine(
+        self,
+        x: Tensor,
+        token_logits: Tensor,
+        tau: float | Tensor,
+        gumbel: Tensor | None,
+        keep_hidden: bool = True,
+    ) -> Tensor:
+        """Output ``[B, T, D]`` for given token logits ``[B, S, K]`` and noise ``[B, F, K]``.
+
+        Without ``keep_hidden``, what goes into ``down_proj`` is not kept for backward but computed anew.
+        """
         neuron_logits = self.alpha.float()[None] if gumbel is None else self.alpha.float() + gumbel  # [1 or B, F, K]
-        hidden = mix_activations(self.gate_proj(x), neuron_logits, token_logits, tau)  # [B, T, F]
-        return self.down_proj(hidden * self.up_proj(x))  # type: ignore[no-any-return]
+        inputs = self.gate_proj(x), self.up_proj(x), neuron_logits, token_logits, tau
+        if keep_hidden or self.kernels == "reference":
+            return self.down_proj(gated_mixture(*inputs, self.kernels))  # type: ignore[no-any-return]
+        return projected_mixture(*inputs, self.down_proj.weight, self.kernels)
+
+    def step(self, x: Tensor, state: RoutingState, tau: float | Tensor = 1.0) -> tuple[Tensor, RoutingState]:
+        """Feed the next position of each row forward, deterministic, under ``causal`` scope.
+
+        Args:
+            x: normalised input ``[B, 1, D]``.
+            state: of the positions before it.
+            tau: routing temperature.
+
+        Returns:
+            ``[B, 1, D]``, and the state with this position.
+        """
+        state = state.add(self.router.project(x[:, 0]))
+        with torch.autocast(x.device.type, enabled=False):
+            token_logits = self.beta.float() * self.router.logits(state.mean)[:, None]  # [B, 1, K]
+        return self.combine(x, token_logits, tau, None), state
 
 
 class GLU(nn.Module):
@@ -184,20 +232,35 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.d_model, config.eps)
         self.mlp: PolyGLU | GLU
         if config.ffn == "polyglu":
-            self.mlp = PolyGLU(config.d_model, config.d_ff, config.n_activations, config.routing_scope)
+            shape = config.d_model, config.d_ff, config.n_activations
+            self.mlp = PolyGLU(*shape, config.routing_scope, config.kernels)
         else:
             self.mlp = GLU(config.d_model, config.d_ff, config.ffn)
 
     def forward(
-        self, x: Tensor, packing: Packing, rope: tuple[Tensor, Tensor], tau: float, gumbel: Tensor | None
+        self,
+        x: Tensor,
+        packing: Packing,
+        rope: tuple[Tensor, Tensor],
+        tau: float | Tensor,
+        gumbel: Tensor | None,
+        recompute: Recompute = "none",
     ) -> tuple[Tensor, Tensor | None]:
         """``[B, T, D]`` -> the same shape, and the token logits ``[B, S, K]`` of a routed layer."""
         x = x + self.self_attn(self.input_layernorm(x), packing, rope)
+        if recompute != "ffn":
+            return self.feed_forward(x, packing, tau, gumbel, keep_hidden=recompute != "hidden")
+        return checkpoint(self.feed_forward, x, packing, tau, gumbel, use_reentrant=False)  # type: ignore[no-any-return]
+
+    def feed_forward(
+        self, x: Tensor, packing: Packing, tau: float | Tensor, gumbel: Tensor | None, keep_hidden: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """The second half of ``forward``, from and to ``[B, T, D]``."""
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, GLU):
             return x + self.mlp(normed), None
         token_logits = self.mlp.token_logits(normed, packing)
-        return x + self.mlp.combine(normed, token_logits, tau, gumbel), token_logits
+        return x + self.mlp.combine(normed, token_logits, tau, gumbel, keep_hidden), token_logits
 
 
 class PolychromaticLM(nn.Module):
@@ -234,7 +297,12 @@ class PolychromaticLM(nn.Module):
                     parameter.data.mul_(depth_scale)
 
     def forward(
-        self, input_ids: Tensor, *, cu_seqlens: Tensor | None = None, tau: float = 1.0, gumbel: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        tau: float | Tensor = 1.0,
+        gumbel: Tensor | None = None,
     ) -> Tensor:
         """Next-token logits.
 
@@ -262,31 +330,28 @@ class PolychromaticLM(nn.Module):
         input_ids: Tensor,
         *,
         cu_seqlens: Tensor | None = None,
-        tau: float = 1.0,
+        tau: float | Tensor = 1.0,
         gumbel: Tensor | None = None,
-        recompute: bool = False,
+        recompute: Recompute = "none",
     ) -> tuple[Tensor, list[Tensor]]:
-        """Everything but the head; arguments as in ``forward``.
-
-        With ``recompute``, only the input of each block is kept, and the rest computed anew in backward.
+        """Everything but the head; arguments as in ``forward``, and what backward computes anew.
 
         Returns:
             Normalised features ``[B, T, D]``, and the token logits ``[B, S, K]`` of each routed layer.
         """
         packing = Packing.of(input_ids.shape, cu_seqlens, input_ids.device)
-        if packing.max_length > self.config.seq_length:
-            raise ValueError(
-                f"a document of {packing.max_length} tokens exceeds the model's seq_length {self.config.seq_length}"
-            )
+        longest = max(packing.lengths)
+        if longest > self.config.seq_length:
+            raise ValueError(f"a document of {longest} tokens exceeds the model's seq_length {self.config.seq_length}")
         rope = self.rope(packing.positions.view(input_ids.shape))
         x = self.embed_tokens(input_ids)  # [B, T, D]
         routing = []
         for index, block in enumerate(self.layers):
             noise = None if gumbel is None else gumbel[index]
-            if recompute:
+            if recompute == "full":
                 x, token_logits = checkpoint(block, x, packing, rope, tau, noise, use_reentrant=False)
             else:
-                x, token_logits = block(x, packing, rope, tau, noise)
+                x, token_logits = block(x, packing, rope, tau, noise, recompute)
             if token_logits is not None:
                 routing.append(token_logits)
         return self.norm(x), routing

@@ -7,6 +7,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloa
 
 RoutingScope = Literal["sequence", "document", "causal"]
 FeedForward = Literal["polyglu", "swiglu", "geglu", "reglu", "tanhglu"]
+KernelName = Literal["auto", "reference", "chunked", "native", "triton"]
+Recompute = Literal["none", "hidden", "ffn", "full"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 Size = Annotated[int, Field(ge=1, le=2**24)]
@@ -68,6 +70,9 @@ class ModelConfig(Section):
     """What the dynamic routing input is a mean of: the row (paper), the document, or the document so far (causal)."""
     ffn: FeedForward = "polyglu"
     """Feed-forward layer: routed, or a gated linear unit with one fixed activation."""
+    kernels: KernelName = "auto"
+    """What computes the routed layers and the loss: ``reference`` reads like the formulas; the others give the same
+    numbers, faster (``polyglu.model.kernels``). auto: the fastest that works on the device."""
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
@@ -143,8 +148,12 @@ class LoopSection(Section):
     """Of initialisation, data order and Gumbel noise."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the compute; weights and optimiser stay fp32. auto: bf16 where the device has fast bf16."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """full: keep only the input of each block and recompute the rest in backward."""
+    activation_checkpointing: Recompute = "none"
+    """What is not kept for backward but computed anew: ``hidden``, the routed layers' products before ``down_proj``,
+    at hardly any cost; ``ffn``, all of each feed-forward layer but its input; ``full``, all of each block but its
+    input."""
+    compile: Literal["auto", "never"] = "auto"
+    """auto: compile the blocks with ``torch.compile`` on a GPU, which takes a minute or two at the start."""
     deterministic: bool = False
     """On a GPU, choose kernels that give the same bits every time, where there are such; slower. A CPU always does."""
     on_loss_spike: Literal["report", "skip"] = "report"

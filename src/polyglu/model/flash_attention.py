@@ -7,13 +7,18 @@ Shapes: B rows, T columns, N = B * T tokens, H query heads, G key/value heads, d
 """
 
 import importlib.util
-from functools import cache
+import inspect
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from polyglu.model.packing import Packing
+
+FLASH_ATTN_INSTALLED = importlib.util.find_spec("flash_attn") is not None
+GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""Whether this release's varlen_attn serves several query heads with one key; else keys and values are repeated."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, use_flash: bool) -> Tensor:
@@ -47,28 +52,22 @@ def _sdpa_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-    flat = [x.flatten(0, 1) for x in (q, k, v)]  # [N, H or G, d]
+    """As ``attention``. Compiled code sees the same shapes again and again, for the bounds are padded."""
+    query, key, value = (x.flatten(0, 1) for x in (q, k, v))  # [N, H or G, d]
     bounds, longest = packing.cu_seqlens, packing.max_length
-    if _flash_attn_installed():
+    if FLASH_ATTN_INSTALLED:
         from flash_attn import flash_attn_varlen_func
 
         # PyTorch's own kernels look at this switch themselves.
         same_bits = torch.are_deterministic_algorithms_enabled()
         out: Tensor = flash_attn_varlen_func(
-            *flat, bounds, bounds, longest, longest, causal=True, deterministic=same_bits
+            query, key, value, bounds, bounds, longest, longest, causal=True, deterministic=same_bits
         )
     else:
-        from torch.nn.attention.varlen import varlen_attn
-
-        groups = q.shape[2] // k.shape[2]
-        # Some releases of varlen_attn lack grouped heads: repeat keys and values instead.
-        query, key, value = flat[0], *(x.repeat_interleave(groups, dim=1) for x in flat[1:])
-        causal = varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=(-1, 0))
+        if not GROUPED:
+            key, value = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=1) for x in (key, value))
+        grouped = {"enable_gqa": True} if GROUPED else {}
+        causal = varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=(-1, 0), **grouped)
         assert isinstance(causal, Tensor)
         out = causal
     return out.view_as(q)
-
-
-@cache
-def _flash_attn_installed() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None

@@ -5,28 +5,42 @@ row 1: [ c c c | d d d ]      lengths: [4, 2, 3, 3]      positions: 0 1 2 3 0 1 
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+BLOCK = 128
+"""Positions whose running mean is one matrix product."""
+FEWEST_BOUNDS = 32
+"""Bounds of the documents are padded to this number, or the next power of two: compiled code sees few shapes."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Documents of a batch of ``B`` rows and ``T`` columns, flattened to ``N = B * T`` tokens."""
+    """Documents of a batch of ``B`` rows and ``T`` columns, flattened to ``N = B * T`` tokens.
+
+    All but ``lengths`` is made on the device, from bounds that are copied there without waiting.
+    """
 
     lengths: tuple[int, ...]
-    """Tokens of each document, in order; they sum to N."""
+    """Tokens of each document, in order; they sum to N. For the host: code that is compiled must not read it."""
     cu_seqlens: Tensor
-    """``[documents + 1]`` int32 on the batch's device: where each document begins, and N."""
+    """``[documents + 1]`` int32 on the batch's device: where each document begins, and N; then more of N, which are
+    empty documents, up to a number that hardly ever changes."""
+    max_length: int
+    """At least the tokens of the longest document: the next power of two, or T."""
     positions: Tensor
     """``[N]`` int64: position of each token in its document."""
+    last: Tensor
+    """``[N]`` int64: index of the last token of each token's document."""
     whole_rows: bool
     """Every row is one document."""
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of the longest document."""
-        return max(self.lengths)
+    within: Tensor
+    """fp32 ``[B, T / BLOCK, BLOCK, BLOCK]``, T rounded up: 1 where a block's row may look at its column."""
+    before: Tensor
+    """fp32 ``[B, T, T / BLOCK]``: 1 where a position may look at the last document of an earlier block."""
 
     @classmethod
     def of(cls, shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device) -> "Packing":
@@ -38,18 +52,59 @@ class Packing:
             ValueError: cu_seqlens does not rise from 0 to B * T, or a document crosses the end of a row.
         """
         rows, columns = shape
-        bounds = list(range(0, rows * columns + 1, columns)) if cu_seqlens is None else cu_seqlens.tolist()
-        lengths = tuple(end - start for start, end in zip(bounds, bounds[1:], strict=False))
-        if bounds[:1] != [0] or bounds[-1] != rows * columns or min(lengths, default=0) <= 0:
-            raise ValueError(f"cu_seqlens must rise from 0 to {rows * columns} (rows * columns), got {bounds[:8]}...")
-        if not set(range(0, rows * columns + 1, columns)) <= set(bounds):
+        tokens = rows * columns
+        bounds = list(range(0, tokens + 1, columns)) if cu_seqlens is None else cu_seqlens.tolist()
+        lengths = tuple(end - start for start, end in pairwise(bounds))
+        if bounds[:1] != [0] or bounds[-1] != tokens or min(lengths, default=0) <= 0:
+            raise ValueError(f"cu_seqlens must rise from 0 to {tokens} (rows * columns), got {bounds[:8]}...")
+        if not set(range(0, tokens + 1, columns)) <= set(bounds):
             raise ValueError("cu_seqlens: a document crosses the end of a row")
-        starts = torch.tensor(bounds, dtype=torch.int32)
-        per_document = torch.tensor(lengths)
-        positions = torch.arange(rows * columns) - torch.repeat_interleave(starts[:-1].long(), per_document)
+        padded = F.pad(torch.tensor(bounds, dtype=torch.int32), (0, _few(len(bounds)) - len(bounds)), value=tokens)
+        if device.type == "cuda":
+            padded = padded.pin_memory()
+        on_device = padded.to(device, non_blocking=True)
+        index = torch.arange(tokens, device=device)
+        document = torch.searchsorted(on_device, index, right=True)  # from 1 on
+        positions, last = index - on_device[document - 1], on_device[document].long() - 1
+        within, before = _masks(positions.view(rows, columns))
         return cls(
             lengths=lengths,
-            cu_seqlens=starts.to(device, non_blocking=True),
-            positions=positions.to(device, non_blocking=True),
+            cu_seqlens=on_device,
+            max_length=min(columns, 1 << (max(lengths) - 1).bit_length()),
+            positions=positions,
+            last=last,
             whole_rows=len(lengths) == rows,
+            within=within,
+            before=before,
         )
+
+    def running_mean(self, x: Tensor) -> Tensor:
+        """Mean of ``[B, T, R]`` over the document up to and including each position: the same shape.
+
+        Sums inside blocks, and over earlier blocks of which the document is the last one: matrix products with zeros
+        and ones, whose shapes do not depend on the documents. What a zero meets adds nothing, not even a rounding.
+        """
+        rows, columns, width = x.shape
+        blocks = F.pad(x, (0, 0, 0, -columns % BLOCK)).view(rows, -1, BLOCK, width)
+        inside = self.within.to(x.dtype) @ blocks  # [B, T / BLOCK, BLOCK, R]
+        earlier = self.before.to(x.dtype) @ inside[:, :, -1]  # [B, T, R]
+        total = inside.flatten(1, 2)[:, :columns] + earlier
+        return total / (self.positions.view(rows, columns, 1) + 1)
+
+
+def _few(bounds: int) -> int:
+    return max(FEWEST_BOUNDS, 1 << (bounds - 1).bit_length())
+
+
+def _masks(positions: Tensor) -> tuple[Tensor, Tensor]:
+    """``within`` and ``before`` for positions ``[B, T]``: a token looks back as far as its position in the document."""
+    rows, columns = positions.shape
+    index = torch.arange(columns, device=positions.device)
+    block = torch.arange(BLOCK, device=positions.device)
+    distance = block[:, None] - block  # [BLOCK, BLOCK]
+    reach = F.pad(positions, (0, -columns % BLOCK)).view(rows, -1, BLOCK, 1)
+    within = (distance >= 0) & (distance <= reach)
+    ends = torch.arange(BLOCK - 1, within.shape[1] * BLOCK, BLOCK, device=positions.device)  # of the blocks
+    distance = index[:, None] - ends  # [T, T / BLOCK]
+    before = (distance > 0) & (distance <= positions[:, :, None])
+    return within.float(), before.float()

@@ -1,5 +1,7 @@
 """Routing: pooling over a scope, the mixture of activations, Gumbel noise, entropies. Shapes as in ``architecture``."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import reduce
 
 import torch
@@ -7,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polyglu.model.activations import ACTIVATIONS
-from polyglu.model.config import RoutingScope
-from polyglu.model.kernels.cpu import ChunkedMixture
+from polyglu.model.config import KernelName, RoutingScope
 from polyglu.model.kernels.entropy import WeightedEntropy
+from polyglu.model.kernels.mixture import RecomputedHidden, gated_mixture_op
 from polyglu.model.packing import Packing
 
 ENTROPY_POSITIONS = 64
@@ -17,57 +19,111 @@ ENTROPY_POSITIONS = 64
 
 
 def pool(x: Tensor, scope: RoutingScope, packing: Packing) -> Tensor:
-    """Mean of ``[B, T, R]`` over the routing scope: ``[B, 1, R]`` if a row has one mean, else ``[B, T, R]``.
-
-    Each document is summed by itself, so that no rounding carries anything from one to another.
-    """
+    """Mean of ``[B, T, R]`` over the routing scope: ``[B, 1, R]`` if a row has one mean, else ``[B, T, R]``."""
     if scope == "sequence" or (scope == "document" and packing.whole_rows):
         return x.mean(1, keepdim=True)
-    if packing.whole_rows:
-        return _running_mean(x, dim=1)
-    documents = torch.split(x.flatten(0, 1), list(packing.lengths))
-    if scope == "document":
-        pooled = [document.mean(0, keepdim=True).expand_as(document) for document in documents]
-    else:
-        pooled = [_running_mean(document, dim=0) for document in documents]
-    return torch.cat(pooled).view_as(x)
+    running = packing.running_mean(x)
+    if scope == "causal":
+        return running
+    return running.flatten(0, 1)[packing.last].view_as(x)  # at its last position the mean is the document's
 
 
-def _running_mean(x: Tensor, dim: int) -> Tensor:
-    counts = torch.arange(1, x.shape[dim] + 1, device=x.device, dtype=x.dtype)
-    return x.cumsum(dim) / counts[:, None]
+@dataclass(frozen=True)
+class RoutingState:
+    """What ``causal`` routing remembers of the documents read so far, one a row."""
+
+    total: Tensor
+    """fp32 ``[B, R]``: sum of the router's projected inputs."""
+    count: Tensor
+    """fp32 ``[B]``: positions in it."""
+
+    @classmethod
+    def empty(cls, rows: int, width: int, device: torch.device | str = "cpu") -> "RoutingState":
+        """Of documents of which nothing is read."""
+        return cls(torch.zeros(rows, width, device=device), torch.zeros(rows, device=device))
+
+    @classmethod
+    def after(cls, projected: Tensor, packing: Packing) -> "RoutingState":
+        """At the end of each document of a batch, in order.
+
+        Args:
+            projected: ``[B, T, R]``.
+            packing: documents of the batch.
+        """
+        ends = packing.cu_seqlens[1 : len(packing.lengths) + 1].long() - 1  # [documents]
+        count = (packing.positions[ends] + 1).to(projected.dtype)
+        return cls(packing.running_mean(projected).flatten(0, 1)[ends] * count[:, None], count)
+
+    def add(self, projected: Tensor) -> "RoutingState":
+        """With the next position of each row, ``[B, R]``."""
+        return RoutingState(self.total + projected, self.count + 1)
+
+    @property
+    def mean(self) -> Tensor:
+        """``[B, R]``."""
+        return self.total / self.count[:, None]
 
 
-def mix_activations(gate: Tensor, neuron_logits: Tensor, token_logits: Tensor, tau: float) -> Tensor:
-    """sum_k softmax_k((neuron + token logits) / tau) * activation_k(gate), the softmax in fp32.
-
-    On the CPU in chunks that stay in the cache (``kernels.cpu``), elsewhere as ``mix_reference``.
+def gated_mixture(
+    gate: Tensor,
+    up: Tensor,
+    neuron_logits: Tensor,
+    token_logits: Tensor,
+    tau: float | Tensor,
+    kernel: KernelName = "auto",
+) -> Tensor:
+    """sum_k softmax_k((neuron + token logits) / tau) * activation_k(gate), times up; the softmax in fp32.
 
     Args:
         gate: ``[B, T, F]``.
+        up: ``[B, T, F]``.
         neuron_logits: fp32 ``[1 or B, F, K]``, alpha and noise.
         token_logits: fp32 ``[B, S, K]``.
         tau: temperature.
+        kernel: one of ``kernels.mixture``, or ``reference``.
 
     Returns:
         ``[B, T, F]`` in the dtype of ``gate``.
+
+    Raises:
+        PolygluError: the kernel does not work on this device.
     """
-    if gate.device.type == "cpu":
-        neuron, token = _activations_first(neuron_logits / tau), _activations_first(token_logits / tau)
-        mixed: Tensor = ChunkedMixture.apply(gate, neuron, token)  # type: ignore[no-untyped-call]
-        return mixed
-    return mix_reference(gate, neuron_logits, token_logits, tau)
+    if kernel == "reference":
+        return reference_mixture(gate, neuron_logits, token_logits, tau) * up
+    hidden: Tensor = gated_mixture_op(gate, up, *_scaled(gate, neuron_logits, token_logits, tau), kernel)
+    return hidden
 
 
-def mix_reference(gate: Tensor, neuron_logits: Tensor, token_logits: Tensor, tau: float) -> Tensor:
-    """Readable form of ``mix_activations``, one activation at a time."""
+def projected_mixture(
+    gate: Tensor,
+    up: Tensor,
+    neuron_logits: Tensor,
+    token_logits: Tensor,
+    tau: float | Tensor,
+    weight: Tensor,
+    kernel: KernelName = "auto",
+) -> Tensor:
+    """``gated_mixture`` projected by a weight ``[D, F]``: ``[B, T, D]``. The mixture is not kept for backward."""
+    logits = _scaled(gate, neuron_logits, token_logits, tau)
+    projected: Tensor = RecomputedHidden.apply(gate, up, *logits, weight.to(gate.dtype), kernel)  # type: ignore[no-untyped-call]
+    return projected
+
+
+def _scaled(gate: Tensor, neuron_logits: Tensor, token_logits: Tensor, tau: float | Tensor) -> Iterator[Tensor]:
+    """Logits as kernels take them: divided by tau, K first, fp32 unless the gate is fp64."""
+    dtype = torch.promote_types(gate.dtype, torch.float32)
+    return (_activations_first(logits.to(dtype) / tau) for logits in (neuron_logits, token_logits))
+
+
+def reference_mixture(gate: Tensor, neuron_logits: Tensor, token_logits: Tensor, tau: float | Tensor) -> Tensor:
+    """Readable form of the mixture in ``gated_mixture``, before up, one activation at a time."""
     weights = routing_weights(neuron_logits, token_logits, tau)
     mixed = sum(weight * activation.function(gate) for weight, activation in zip(weights, ACTIVATIONS, strict=False))
     assert isinstance(mixed, Tensor)
     return mixed.to(gate.dtype)
 
 
-def routing_weights(neuron_logits: Tensor, token_logits: Tensor, tau: float) -> list[Tensor]:
+def routing_weights(neuron_logits: Tensor, token_logits: Tensor, tau: float | Tensor) -> list[Tensor]:
     """Softmax over K of the full logits: K tensors ``[B, S, F]`` of fp32 weights that sum to 1."""
     neuron, token = _activations_first(neuron_logits / tau), _activations_first(token_logits / tau)
     logits = [ours[:, None, :] + shared[:, :, None] for ours, shared in zip(neuron, token, strict=True)]

@@ -204,7 +204,7 @@ class DeepSpeedEngine:
 def create_engine(model: PolychromaticLM, settings: LoopSection, ranks: Ranks) -> Engine:
     """DeepSpeed when a launcher started the process as a rank, else plain PyTorch; the model moves to the device."""
     dtype = compute_dtype(settings.precision, ranks.device)
-    loss = LanguageModelLoss(model, dtype, settings.activation_checkpointing == "full", settings.entropy_reg)
+    loss = LanguageModelLoss(model, dtype, settings.activation_checkpointing, settings.entropy_reg)
     make = DeepSpeedEngine if launched_distributed() else PlainEngine
     return make(loss.to(ranks.device).train(), settings, ranks)
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from polyglu.data.dataloader import IGNORED, MicroBatch
 from polyglu.errors import PolygluError
 from polyglu.model.architecture import PolychromaticLM, PolyGLU
-from polyglu.model.config import NO_ROUTING, ModelConfig
+from polyglu.model.config import NO_ROUTING, ModelConfig, Recompute
 from polyglu.model.routing import gumbel_noise, summed_entropy
 
 LOGITS_AT_ONCE = 2**27
@@ -34,7 +34,7 @@ class LanguageModelLoss(nn.Module):
     Args:
         model: language model with fp32 weights.
         compute_dtype: dtype of matrix products; weights stay fp32.
-        recompute: keep only each block's input and recompute the rest in backward.
+        recompute: what is computed anew in backward instead of kept.
         entropy_reg: weight of the routing entropy in the objective (``entropy_penalty``); 0: off.
 
     Raises:
@@ -42,7 +42,7 @@ class LanguageModelLoss(nn.Module):
     """
 
     def __init__(
-        self, model: PolychromaticLM, compute_dtype: torch.dtype, recompute: bool, entropy_reg: float = 0.0
+        self, model: PolychromaticLM, compute_dtype: torch.dtype, recompute: Recompute, entropy_reg: float = 0.0
     ) -> None:
         super().__init__()
         if entropy_reg and model.config.ffn != "polyglu":

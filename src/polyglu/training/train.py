@@ -204,7 +204,7 @@ def source_faults(sources: Sequence[TokenSource], vocab_size: int) -> Iterator[s
 
 def data_order(config: TrainConfig, loader: TokenLoader) -> dict[str, Any]:
     """What determines a run's model and data order."""
-    return {"model": config.model.model_dump(mode="json", exclude={"use_flash_attn"}), **loader.identity}
+    return {"model": config.model.model_dump(mode="json", exclude={"use_flash_attn", "kernels"}), **loader.identity}
 
 
 def check_tokenizer(checkpoint: Checkpoint, source: TokenSource, path: str) -> None:

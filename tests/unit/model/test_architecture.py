@@ -6,11 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyglu import PolyGLU
-from polyglu.model.architecture import GLU, PolychromaticLM
-from polyglu.model.config import ModelConfig
+from polyglu.model import packing as packing_module
+from polyglu.model.architecture import GLU, ROUTER_WIDTH, PolychromaticLM
+from polyglu.model.config import KernelName, ModelConfig, Recompute, RoutingScope
 from polyglu.model.model import create_model
 from polyglu.model.packing import Packing
-from polyglu.model.routing import gumbel_noise, mix_activations, pool, routing_weights
+from polyglu.model.routing import RoutingState, gated_mixture, gumbel_noise, pool, routing_weights
 
 TINY = ModelConfig(vocab_size=50, d_model=24, d_ff=40, n_layers=2, n_q_heads=4, n_kv_heads=2, head_dim=6, seq_length=32)
 
@@ -105,14 +106,15 @@ def test_mixture_equals_the_formula(scope: str, n_activations: int) -> None:
     gate = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
     alpha = torch.randn(7, n_activations, dtype=torch.float64, requires_grad=True)
     token = torch.randn(2, 1 if scope == "sequence" else 5, n_activations, dtype=torch.float64, requires_grad=True)
-    mixed = mix_activations(gate, alpha[None], token, tau=0.1)
+    up = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
+    mixed = gated_mixture(gate, up, alpha[None], token, tau=0.1)
     weights = torch.softmax((alpha + token[:, :, None, :]) / 0.1, dim=-1)
     branches = torch.stack([activation.function(gate) for activation in ACTIVATIONS[:n_activations]], dim=-1)
-    expected = (weights * branches).sum(-1)
+    expected = (weights * branches).sum(-1) * up
     torch.testing.assert_close(mixed, expected)
     seed = torch.randn_like(mixed)
-    actual = torch.autograd.grad((mixed * seed).sum(), (gate, alpha, token))
-    wanted = torch.autograd.grad((expected * seed).sum(), (gate, alpha, token))
+    actual = torch.autograd.grad((mixed * seed).sum(), (gate, up, alpha, token))
+    wanted = torch.autograd.grad((expected * seed).sum(), (gate, up, alpha, token))
     torch.testing.assert_close(actual, wanted)
 
 
@@ -168,15 +170,36 @@ def test_initialisation_follows_its_table() -> None:
             assert float(parameter.detach().std()) == pytest.approx(0.02 * scale, rel=tolerance), name
 
 
-def test_recomputation_changes_nothing() -> None:
-    model, ids = tiny("causal"), tokens(2, 16)
-    gradients = []
-    for recompute in (False, True):
-        model.zero_grad()
+def kept_after(model: PolychromaticLM, ids: torch.Tensor, recompute: Recompute) -> tuple[list[torch.Tensor], int]:
+    """Gradients, and the bytes that autograd holds between forward and backward."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         features, _ = model.features(ids, tau=0.5, recompute=recompute)
-        features.square().sum().backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
-    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
+    features.square().sum().backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None], sum(
+        kept.values()
+    )
+
+
+@pytest.mark.parametrize("kernels", ["auto", "chunked"])
+def test_recomputation_changes_memory_and_nothing_else(kernels: str) -> None:
+    model, ids = tiny("causal", kernels=kernels), tokens(2, 16)
+    expected, most = kept_after(model, ids, "none")
+    for recompute in ("hidden", "ffn", "full"):
+        gradients, kept = kept_after(model, ids, recompute)
+        assert kept < most, recompute
+        most = kept
+        for actual, wanted in zip(gradients, expected, strict=True):
+            if recompute == "hidden":  # the same products, of other shapes
+                torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
+            else:
+                assert torch.equal(actual, wanted)
 
 
 def test_too_long_and_badly_cut_documents_are_refused() -> None:
@@ -190,16 +213,67 @@ def test_too_long_and_badly_cut_documents_are_refused() -> None:
             model(tokens(2, 4), cu_seqlens=torch.tensor(bad, dtype=torch.int32))
 
 
-def test_pool_is_the_mean_over_the_scope() -> None:
-    x = torch.randn(2, 6, 3)
-    packing = Packing.of(torch.Size((2, 6)), torch.tensor([0, 4, 6, 7, 12]), x.device)
-    causal, document = pool(x, "causal", packing).flatten(0, 1), pool(x, "document", packing).flatten(0, 1)
-    flat, bounds = x.flatten(0, 1), [0, 4, 6, 7, 12]
+SCOPES: tuple[RoutingScope, ...] = ("causal", "document")
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 128])
+@settings(max_examples=20, deadline=None)
+@given(cuts=st.sets(st.integers(1, 35)))
+def test_pool_is_the_mean_over_the_scope(block: int, cuts: set[int]) -> None:
+    x, bounds = torch.randn(3, 12, 3, requires_grad=True), sorted(cuts | {0, 12, 24, 36})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing_module, "BLOCK", block)
+        packing = Packing.of(torch.Size((3, 12)), torch.tensor(bounds), x.device)
+        causal, document = (pool(x, scope, packing).expand(3, 12, 3).flatten(0, 1) for scope in SCOPES)
+    flat = x.flatten(0, 1)
     for start, end in zip(bounds, bounds[1:], strict=False):
         for position in range(start, end):
             torch.testing.assert_close(causal[position], flat[start : position + 1].mean(0))
             torch.testing.assert_close(document[position], flat[start:end].mean(0))
     torch.testing.assert_close(pool(x, "sequence", packing), x.mean(1, keepdim=True))
+    position = bounds[1] - 1  # the gradient comes back from the positions that saw it, and from no other
+    (grad,) = torch.autograd.grad(causal[position].sum(), x)
+    expected = torch.zeros(36, 3)
+    expected[: position + 1] = 1 / (position + 1)
+    torch.testing.assert_close(grad.flatten(0, 1), expected)
+
+
+def test_bounds_are_padded_so_that_shapes_hardly_change() -> None:
+    """Empty documents at the end: compiled code and kernels see the same shapes for few documents and for many."""
+    few, some = (
+        Packing.of(torch.Size((2, 64)), torch.tensor([0, *bounds, 128]), torch.device("cpu"))
+        for bounds in ([64], [*range(3, 60, 3), 64, 70])
+    )
+    assert few.cu_seqlens.shape == some.cu_seqlens.shape
+    assert few.cu_seqlens.tolist()[:4] == [0, 64, 128, 128] and some.cu_seqlens[-1] == 128
+    assert (few.max_length, some.max_length) == (64, 64)
+    many = Packing.of(torch.Size((1, 128)), torch.arange(129), torch.device("cpu"))
+    assert len(many.cu_seqlens) == 256 and many.max_length == 1
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_position_by_position_equals_the_whole(kernels: KernelName) -> None:
+    """Decoding: the running state gives what the row gives at once, and a prompt's state goes on where it ended."""
+    layer, x = PolyGLU(16, 24, kernels=kernels), torch.randn(3, 11, 16)
+    with torch.no_grad():
+        layer.alpha.normal_()
+        for parameter in layer.router.parameters():
+            parameter.normal_(std=0.5)
+        expected, state, outputs = layer(x, tau=0.3), RoutingState.empty(3, ROUTER_WIDTH), []
+        for position in range(11):
+            y, state = layer.step(x[:, position : position + 1], state, tau=0.3)
+            outputs.append(y)
+        torch.testing.assert_close(torch.cat(outputs, 1), expected, rtol=1e-5, atol=1e-6)
+
+        lengths, rows = (4, 1, 7), (0, 1, 2)  # prompts of three lengths, packed
+        packed = torch.cat([x[row, :length] for row, length in zip(rows, lengths, strict=True)])[None]
+        packing = Packing.of(packed.shape[:2], torch.tensor([0, 4, 5, 12]), x.device)
+        state = RoutingState.after(layer.router.project(packed), packing)
+        following = torch.stack([x[row, length : length + 1] for row, length in zip(rows, lengths, strict=True)])
+        y, state = layer.step(following, state, tau=0.3)
+        assert state.count.tolist() == [5, 2, 8]
+        for row, length in zip(rows, lengths, strict=True):
+            torch.testing.assert_close(y[row, 0], expected[row, length], rtol=1e-5, atol=1e-6)
 
 
 def test_gumbel_noise_depends_on_seed_sample_and_layer_alone() -> None:

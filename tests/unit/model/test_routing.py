@@ -11,15 +11,14 @@ from torch import Tensor
 
 from polyglu.model import architecture, routing
 from polyglu.model.architecture import PolyGLU
-from polyglu.model.config import ModelConfig
+from polyglu.model.config import KernelName, ModelConfig
 from polyglu.model.kernels import entropy as kernel
 from polyglu.model.model import create_model
 from polyglu.model.packing import Packing
 from polyglu.model.routing import (
     dynamic_entropy,
+    gated_mixture,
     gumbel_noise,
-    mix_activations,
-    mix_reference,
     static_entropy,
     summed_entropy,
 )
@@ -157,14 +156,18 @@ def test_second_derivatives_of_the_entropy_are_refused() -> None:
         first.sum().backward()  # type: ignore[no-untyped-call]
 
 
-@pytest.mark.parametrize("mixture", [mix_activations, mix_reference], ids=["chunked", "reference"])
-def test_mixture_weighs_in_fp32_for_a_bf16_gate(mixture: object) -> None:
+@pytest.mark.parametrize("kernel", ["native", "chunked", "reference"])
+def test_mixture_weighs_in_fp32_for_a_bf16_gate(kernel: KernelName) -> None:
     """A constant added to all logits cancels in fp32; rounded to bf16, logits around 256 would all be alike."""
     alpha, token = logits(2, 9, 13, 4)
     gate = torch.randn(2, 9, 13).bfloat16()
+
+    def mixture(alpha: Tensor) -> Tensor:
+        return gated_mixture(gate, torch.ones_like(gate), alpha, token, 0.5, kernel)
+
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        near, far = (mixture(gate, alpha[None] + offset, token, 0.5) for offset in (0.0, OFFSET))  # type: ignore[operator]
-        rounded = mixture(gate, (alpha[None] + OFFSET).bfloat16().float(), token, 0.5)  # type: ignore[operator]
+        near, far = (mixture(alpha[None] + offset) for offset in (0.0, OFFSET))
+        rounded = mixture((alpha[None] + OFFSET).bfloat16().float())
     torch.testing.assert_close(far, near, rtol=8e-3, atol=1e-3)  # one step of the output's bf16
     assert (rounded - near).abs().max() > 0.05
 
@@ -202,11 +205,11 @@ def test_model_routes_in_fp32_under_bf16_autocast(monkeypatch: pytest.MonkeyPatc
     """Every logit that reaches the mixture and the log is fp32, and 256 added to alpha moves no feature."""
     seen = []
 
-    def watched(gate: Tensor, neuron: Tensor, token: Tensor, tau: float) -> Tensor:
+    def watched(gate: Tensor, up: Tensor, neuron: Tensor, token: Tensor, tau: float, kernel: KernelName) -> Tensor:
         seen.append((gate.dtype, neuron.dtype, token.dtype))
-        return mix_activations(gate, neuron, token, tau)
+        return gated_mixture(gate, up, neuron, token, tau, kernel)
 
-    monkeypatch.setattr(architecture, "mix_activations", watched)
+    monkeypatch.setattr(architecture, "gated_mixture", watched)
     model, ids = create_model(SMALL), torch.randint(37, (2, 20))
     noise = gumbel_noise(0, torch.arange(2), 2, SMALL.d_ff, 4)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,1 +1,1 @@
-"""Fast implementations of ``polyglu.model.routing.mix_activations``: the reference's results and gradients."""
+"""Fast implementations of ``polyglu.model.routing``: the reference's results and gradients."""
