@@ -24,8 +24,9 @@ from torch import Tensor
 from polyglu.data.dataloader import MicroBatch
 from polyglu.errors import run_command
 from polyglu.files import write_json
-from polyglu.model.architecture import PolychromaticLM, PolyGLU
+from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.config import LoopSection, ModelConfig
+from polyglu.model.feed_forward import PolyGLU
 from polyglu.model.model import create_model
 from polyglu.model.routing import dynamic_entropy, gumbel_noise, static_entropy
 from polyglu.training.loss import LanguageModelLoss
@@ -62,7 +63,7 @@ def train(entropy_regs: tuple[float, ...], steps: int, seed: int) -> dict[str, f
     model = create_model(MODEL, seed)
     optimizer = create_optimizer(model, LoopSection(learning_rate=LEARNING_RATE))
     for stage, entropy_reg in enumerate(entropy_regs):
-        loss_module = LanguageModelLoss(model, torch.float32, recompute=False, entropy_reg=entropy_reg)
+        loss_module = LanguageModelLoss(model, torch.float32, recompute="none", entropy_reg=entropy_reg)
         for step in range(stage * steps, (stage + 1) * steps):
             batch = progressions(seed, step)
             noise = gumbel_noise(seed, batch.sample_ids, MODEL.n_layers, MODEL.d_ff, MODEL.n_activations)
@@ -78,7 +79,7 @@ def train(entropy_regs: tuple[float, ...], steps: int, seed: int) -> dict[str, f
 def measure(model: PolychromaticLM, seed: int) -> dict[str, float]:
     """Loss per target on a fresh batch at the last temperature without noise, and mean entropies, in nats."""
     batch = progressions(seed, -1, rows=256)
-    parts = LanguageModelLoss(model, torch.float32, recompute=False)(batch, TAU_MIN, None)
+    parts = LanguageModelLoss(model, torch.float32, recompute="none")(batch, TAU_MIN, None)
     alphas = [layer.mlp.alpha for layer in model.layers if isinstance(layer.mlp, PolyGLU)]
     dynamic = [dynamic_entropy(alpha, logits, 4096) for alpha, logits in zip(alphas, parts.routing, strict=True)]
     return {

@@ -138,7 +138,7 @@ def step_cases() -> dict[str, Case]:
 
 def training_step(config: TrainConfig, ffn: FeedForward, batch: MicroBatch) -> Case:
     model_config = config.model.model_copy(update={"ffn": ffn})
-    loss_module = LanguageModelLoss(create_model(model_config), torch.float32, recompute=False)
+    loss_module = LanguageModelLoss(create_model(model_config), torch.float32, recompute="none")
     engine, n_targets = PlainEngine(loss_module, config.training, Ranks(torch.device("cpu"))), batch.n_targets
 
     def step() -> None:

@@ -7,17 +7,18 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from polyglu.model.architecture import GLU, PolychromaticLM, PolyGLU
+    from polyglu.model.architecture import PolychromaticLM
     from polyglu.model.config import ModelConfig
+    from polyglu.model.feed_forward import GLU, PolyGLU
     from polyglu.model.model import create_model, load_checkpoint
 
 __version__ = "0.1.0"
 __all__ = ["GLU", "ModelConfig", "PolyGLU", "PolychromaticLM", "create_model", "load_checkpoint"]
 
 _HOME = {
-    "GLU": "architecture",
+    "GLU": "feed_forward",
     "ModelConfig": "config",
-    "PolyGLU": "architecture",
+    "PolyGLU": "feed_forward",
     "PolychromaticLM": "architecture",
     "create_model": "model",
     "load_checkpoint": "model",

@@ -42,6 +42,12 @@ class MicroBatch:
         """Positions that are trained."""
         return int((self.targets != IGNORED).sum())
 
+    @property
+    def attention_pairs(self) -> int:
+        """Pairs of a position and one of its document that it attends to, itself included."""
+        lengths = self.cu_seqlens.long().diff()
+        return int((lengths * (lengths + 1) // 2).sum())
+
     def pin_memory(self) -> "MicroBatch":
         """The batch in page-locked memory, from which ``to`` copies without holding up the host."""
         return MicroBatch(

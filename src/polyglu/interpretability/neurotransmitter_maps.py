@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from polyglu.errors import PolygluError
-from polyglu.model.architecture import PolychromaticLM, PolyGLU
+from polyglu.model.architecture import PolychromaticLM
+from polyglu.model.feed_forward import PolyGLU
 from polyglu.model.routing import entropy
 
 NO_PREFERENCE_NATS = 1e-3

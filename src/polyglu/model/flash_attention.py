@@ -8,6 +8,7 @@ Shapes: B rows, T columns, N = B * T tokens, H query heads, G key/value heads, d
 
 import importlib.util
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     else:
         if not GROUPED:
             key, value = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=1) for x in (key, value))
-        grouped = {"enable_gqa": True} if GROUPED else {}
+        grouped: dict[str, Any] = {"enable_gqa": True} if GROUPED else {}
         causal = varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=(-1, 0), **grouped)
         assert isinstance(causal, Tensor)
         out = causal

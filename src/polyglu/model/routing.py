@@ -155,7 +155,7 @@ def gumbel_noise(seed: int, sample_ids: Tensor, n_layers: int, d_ff: int, n_acti
         fp32 ``[L, B, F, K]`` on the device of ``sample_ids``.
     """
     device = sample_ids.device
-    samples = _hash(sample_ids + _hash(torch.tensor(seed, device=device)))  # [B]
+    samples = _hash(sample_ids + _hash(torch.full((), seed, device=device)))  # [B]
     key = _hash(samples + torch.arange(n_layers, device=device)[:, None])  # [L, B]
     counters = _hash(key[..., None] + torch.arange(d_ff * n_activations, device=device))  # [L, B, F * K]
     noise = -torch.log(-torch.log(_uniform(counters)))

@@ -1,9 +1,12 @@
-"""What a device can do: compute dtype, peak speed, memory in use."""
+"""What a device can do: compute dtype, peak speed, memory in use; and what of its work counts as the model's."""
 
 import resource
 import time
+from typing import NamedTuple
 
 import torch
+
+from polyglu.model.architecture import PolychromaticLM
 
 PEAK_FLOPS = {
     "A100": 312e12,
@@ -32,6 +35,23 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
             fast = any(torch.cpu.get_capabilities().get(name, False) for name in ("amx_bf16", "avx512_bf16"))
         precision = "bf16" if fast else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+class Flops(NamedTuple):
+    """FLOPs of forward and backward together, those of recomputation not counted."""
+
+    token: int
+    """6 for each parameter (the head's are the embedding's): what MFU usually counts."""
+    pair: int
+    """What attention adds for each pair of a position and one that it attends to: 12 d for each head and layer, of
+    the two products with keys and values. Pairs that causality or documents rule out are not counted."""
+
+
+def flops_of(model: PolychromaticLM) -> Flops:
+    """What a token, and a pair of tokens, costs a model."""
+    config = model.config
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Flops(6 * parameters, 12 * config.n_layers * config.n_q_heads * config.head_dim)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -120,9 +120,9 @@ def memory_lines(config: TrainConfig, findings: Findings, outcome: Outcome, tria
     """Memory of each rank: estimated, and as measured in the trial."""
     settings, zero = config.training, findings.zero if launched_distributed() else None
     parts = state_bytes(count_parameters(config.model).total, ranks, zero)
-    recompute, wanted = settings.activation_checkpointing == "full", settings.micro_batch_size
+    wanted = settings.micro_batch_size
     rows = wanted if isinstance(wanted, int) else outcome.micro_batch
-    parts["activations"] = activation_bytes(config.model, rows, outcome.compute, recompute)
+    parts["activations"] = activation_bytes(config.model, rows, outcome.compute, settings.activation_checkpointing)
     listed = ", ".join(f"{what} {bytes_in_words(n_bytes)}" for what, n_bytes in parts.items())
     total, on = bytes_in_words(sum(parts.values())), "a GPU" if outcome.device.type == "cpu" else str(outcome.device)
     formula = "estimated from shapes (training/estimate.py)"

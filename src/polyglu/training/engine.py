@@ -5,7 +5,6 @@ so that their results agree.
 """
 
 import json
-import math
 import warnings
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +19,14 @@ from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.config import LoopSection
 from polyglu.training.devices import compute_dtype
 from polyglu.training.loss import LanguageModelLoss, LossParts
-from polyglu.training.optimizer import adam_state, count_updates, create_optimizer, set_learning_rate, set_updates
+from polyglu.training.optimizer import (
+    adam_state,
+    count_updates,
+    create_optimizer,
+    set_learning_rate,
+    set_updates,
+    step_if_finite,
+)
 from polyglu.training.ranks import Ranks, launched_distributed
 from polyglu.training.shards import MOMENTS, WEIGHT, Piece
 
@@ -92,12 +98,11 @@ class PlainEngine:
 
     def step(self, learning_rate: float) -> float:
         """See ``Engine``."""
-        norm = float(torch.nn.utils.clip_grad_norm_(self.loss.parameters(), self.grad_clip))
-        if math.isfinite(norm):
-            set_learning_rate(self.optimizer, learning_rate)
-            self.optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(self.loss.parameters(), self.grad_clip)
+        set_learning_rate(self.optimizer, learning_rate)
+        step_if_finite(self.optimizer, norm)
         self.discard()
-        return norm
+        return float(norm)
 
     def discard(self) -> bool:
         """See ``Engine``."""
@@ -205,6 +210,9 @@ def create_engine(model: PolychromaticLM, settings: LoopSection, ranks: Ranks) -
     """DeepSpeed when a launcher started the process as a rank, else plain PyTorch; the model moves to the device."""
     dtype = compute_dtype(settings.precision, ranks.device)
     loss = LanguageModelLoss(model, dtype, settings.activation_checkpointing, settings.entropy_reg)
+    if settings.compile == "auto" and ranks.device.type == "cuda" and model.config.kernels != "reference":
+        for block in model.layers:
+            block.compile()
     make = DeepSpeedEngine if launched_distributed() else PlainEngine
     return make(loss.to(ranks.device).train(), settings, ranks)
 

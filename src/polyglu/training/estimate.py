@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from polyglu.model.architecture import PolychromaticLM
-from polyglu.model.config import ModelConfig, TrainConfig
+from polyglu.model.config import ModelConfig, Recompute, TrainConfig
 from polyglu.training.loss import LOGITS_AT_ONCE
 from polyglu.training.memory import rows_per_step
 from polyglu.training.shards import BYTES_PER_PARAMETER, MOMENTS
@@ -119,24 +119,33 @@ def state_bytes(parameters: int, ranks: int, zero: Mapping[str, Any] | None) -> 
     }
 
 
-def activation_bytes(config: ModelConfig, rows: int, compute: torch.dtype, recompute: bool) -> int:
+def activation_bytes(config: ModelConfig, rows: int, compute: torch.dtype, recompute: Recompute) -> int:
     """Memory that a forward pass keeps for backward, on a GPU.
 
     Per token and block, with c bytes a number of the compute dtype:
         2 (4 + c) D                    the residual stream before each norm, and the norms
         c (6 H + 3 G) d                queries, keys, values: projected, rotated, repeated for grouped heads; the output
-        F (4 c + K c)                  gate, up, mixture, their product; K branches
-        F (8 K + 4)                    routing weights of every token, unless the row has one mean (``sequence``)
-    With recomputation, a block keeps its input (4 D) and one block at a time keeps all. Logits: in compute dtype, fp32
-    and their gradient, as many as exist at once.
+        3 c F                          gate, up, hidden; with one activation for all, also that of the gate
+        F (K c + c), F (8 K + 4)       kernels ``reference`` besides: branches and mixture; routing weights of every
+                                       token, unless the row has one mean (``sequence``)
+    ``hidden`` keeps c F less. With ``ffn``, a feed-forward layer keeps its input (4 D), with ``full`` a block does, and
+    one of them at a time keeps all. Logits: in compute dtype, fp32 and their gradient, as many as exist at once.
     """
     c, tokens = torch.empty((), dtype=compute).element_size(), rows * config.seq_length
-    branches = config.n_activations if config.ffn == "polyglu" else 0
-    per_token = 2 * (4 + c) * config.d_model + c * (6 * config.n_q_heads + 3 * config.n_kv_heads) * config.head_dim
-    per_token += config.d_ff * (4 + branches) * c
-    if branches and config.routing_scope != "sequence":
-        per_token += config.d_ff * (8 * branches + 4)
-    blocks = FP32 * config.d_model * config.n_layers + per_token if recompute else per_token * config.n_layers
+    residual, d_ff, routed = FP32 * config.d_model, config.d_ff, config.ffn == "polyglu"
+    attention = residual + c * config.d_model
+    attention += c * (6 * config.n_q_heads + 3 * config.n_kv_heads) * config.head_dim
+    ffn = residual + c * config.d_model + c * d_ff * (3 if routed else 4)
+    if routed and config.kernels == "reference":
+        ffn += d_ff * (config.n_activations + 1) * c
+        if config.routing_scope != "sequence":
+            ffn += d_ff * (8 * config.n_activations + 4)
+    if recompute == "hidden" and routed:
+        ffn -= c * d_ff
+    kept, at_once = {"ffn": (attention + residual, ffn), "full": (residual, attention + ffn)}.get(
+        recompute, (attention + ffn, 0)
+    )
+    blocks = kept * config.n_layers + at_once
     logits = min(tokens * config.vocab_size, LOGITS_AT_ONCE) * (2 * FP32 + c)
     return tokens * blocks + logits
 
@@ -167,7 +176,7 @@ def trial_bytes(config: TrainConfig, parameters: int) -> int:
     """Memory of a rank in fp32 on the plain engine, the copy that is being saved included."""
     settings = config.training
     rows = 1 if settings.micro_batch_size == "auto" else settings.micro_batch_size
-    kept = activation_bytes(config.model, rows, torch.float32, settings.activation_checkpointing == "full")
+    kept = activation_bytes(config.model, rows, torch.float32, settings.activation_checkpointing)
     return sum(state_bytes(parameters, 1, None).values()) + BYTES_PER_PARAMETER * parameters + kept
 
 

@@ -21,7 +21,7 @@ from polyglu.errors import EXIT_BAD_INPUT, Interrupted, PolygluError
 from polyglu.training.checkpoint import step_folder
 from polyglu.training.engine import Engine
 from polyglu.training.feed import Feed, Loader
-from polyglu.training.guard import BAD_IN_A_ROW, Fault, RunState
+from polyglu.training.guard import BAD_IN_A_ROW, RunState
 from polyglu.training.journal import Journal, StepNumbers
 from polyglu.training.loss import batch_noise
 from polyglu.training.memory import is_out_of_memory
@@ -94,11 +94,15 @@ def fit(
             if passes is None:
                 feed.use(_smaller(engine, feed.loader, state.step - started))
                 continue
-            grad_norm = engine.step(rate)
-            state = state.after_step(passes.loss, updated=math.isfinite(grad_norm))
-            tokens = sum(batch.input_ids.numel() for batch in micro_batches)
-            numbers = StepNumbers(passes.loss, grad_norm, passes.fault, passes.barred, rate, tau, tokens)
-            journal.step(state, numbers, passes.routing)
+            grad_norm, loss = engine.step(rate), float(passes.loss)  # where alone the host waits for a GPU
+            fault = state.fault_of(loss)
+            barred = state.bars(loss, plan.skip_spikes)
+            state = state.after_step(loss, updated=math.isfinite(grad_norm))
+            work = (
+                sum(batch.input_ids.numel() for batch in micro_batches),
+                sum(batch.attention_pairs for batch in micro_batches),
+            )
+            journal.step(state, StepNumbers(loss, grad_norm, fault, barred, rate, tau, *work), passes.routing)
             if state.bad_in_a_row == BAD_IN_A_ROW:
                 state = _go_back(state, plan, checkpoints, journal)
             else:
@@ -118,16 +122,18 @@ def _next_batch(feed: Feed, state: RunState, plan: Plan) -> tuple[Sequence[Micro
 class _Passes(NamedTuple):
     """What the passes of a step gave besides the gradient, which the engine holds."""
 
-    loss: float
-    fault: Fault | None
-    barred: bool
+    loss: Tensor
+    """fp64 scalar on the device, in nats per target."""
     routing: list[Tensor]
 
 
 def _forward_backward(
     engine: Engine, micro_batches: Sequence[MicroBatch], n_targets: float, state: RunState, tau: float, plan: Plan
 ) -> _Passes | None:
-    """Gradient of a step; None: memory is out. All that the passes held is free when it returns."""
+    """Gradient of a step; None: memory is out. All that the passes held is free when it returns.
+
+    The device decides itself whether the step may count, so that the host can queue all of it without waiting.
+    """
     losses: list[Tensor] = []
     try:
         for host_batch in micro_batches:
@@ -136,17 +142,18 @@ def _forward_backward(
             losses.append(parts.loss.detach())
             objective = (parts.loss + parts.penalty) / n_targets
             if last:
-                loss = engine.ranks.sum([float(torch.stack(losses).sum())])[0] / n_targets
-                fault = state.fault_of(loss)
-                barred = fault == "not finite" or (fault == "spike" and plan.skip_spikes)
-                if barred:
-                    objective = objective * math.nan  # no engine updates with a gradient of NaN
+                loss = torch.stack(losses).sum().double()
+                engine.ranks.add_up(loss)
+                loss /= n_targets
+                counts = loss.isfinite() & (loss <= state.largest_loss(plan.skip_spikes))
+                # No engine updates with a gradient of NaN.
+                objective = objective * torch.where(counts, 1.0, math.nan)
             engine.backward(objective, last)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         return None
-    return _Passes(loss, fault, barred, parts.routing)
+    return _Passes(loss, parts.routing)
 
 
 def _save_what_is_due(state: RunState, plan: Plan, checkpoints: Checkpoints, journal: Journal) -> RunState:

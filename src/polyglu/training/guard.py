@@ -51,12 +51,24 @@ class RunState:
         """What is wrong with the loss of the step in hand, in nats per token."""
         if not math.isfinite(loss):
             return "not finite"
-        if len(self.losses) >= SPIKE_MINIMUM:
-            mean = statistics.fmean(self.losses)
-            deviation = max(statistics.pstdev(self.losses, mean), SMALLEST_DEVIATION * abs(mean))
-            if loss > mean + SPIKE_DEVIATIONS * deviation:
-                return "spike"
-        return None
+        return "spike" if loss > self.spike else None
+
+    @property
+    def spike(self) -> float:
+        """A loss above it is a spike, in nats per token; infinite while too few losses are known."""
+        if len(self.losses) < SPIKE_MINIMUM:
+            return math.inf
+        mean = statistics.fmean(self.losses)
+        deviation = max(statistics.pstdev(self.losses, mean), SMALLEST_DEVIATION * abs(mean))
+        return mean + SPIKE_DEVIATIONS * deviation
+
+    def largest_loss(self, skip_spikes: bool) -> float:
+        """The largest finite loss of a step that may update the weights."""
+        return self.spike if skip_spikes else math.inf
+
+    def bars(self, loss: float, skip_spikes: bool) -> bool:
+        """Whether a step of this loss must not update the weights."""
+        return not (math.isfinite(loss) and loss <= self.largest_loss(skip_spikes))
 
     def after_step(self, loss: float, updated: bool) -> "RunState":
         """The state when the step is done.

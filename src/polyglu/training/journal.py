@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polyglu.model.architecture import PolychromaticLM, PolyGLU
+from polyglu.model.architecture import PolychromaticLM
+from polyglu.model.feed_forward import PolyGLU
 from polyglu.model.routing import dynamic_entropy, static_entropy
 from polyglu.training.collapse import collapse_notices
-from polyglu.training.devices import peak_flops, peak_memory
+from polyglu.training.devices import flops_of, peak_flops, peak_memory
 from polyglu.training.engine import Engine
 from polyglu.training.guard import Fault, RunState
 from polyglu.training.metrics import Level, MetricsLog
@@ -32,6 +33,8 @@ class StepNumbers:
     tau: float
     tokens: int
     """Of this rank."""
+    pairs: int
+    """Of this rank: positions and those they attend to (``MicroBatch.attention_pairs``)."""
 
 
 class Journal:
@@ -46,10 +49,14 @@ class Journal:
 
     def __init__(self, engine: Engine, metrics: MetricsLog | None, log_every: int, total_steps: int) -> None:
         self.engine, self.metrics, self.log_every, self.total_steps = engine, metrics, log_every, total_steps
-        self.parameters = sum(parameter.numel() for parameter in engine.loss.model.parameters())
+        self.flops = flops_of(engine.loss.model)
         self.peak = peak_flops(engine.ranks.device, engine.loss.compute_dtype) if metrics is not None else 0.0
         self.announced: dict[str, int] = {}
-        self.tokens, self.since, self.saving = 0, time.perf_counter(), 0.0
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin to count what is done, and the time that it takes."""
+        self.tokens, self.pairs, self.since, self.saving = 0, 0, time.perf_counter(), 0.0
 
     def tell(self, step: int, kind: str, message: str, level: Level) -> None:
         """Tell of an event."""
@@ -69,7 +76,7 @@ class Journal:
         """Take back the metrics of the steps after the one that the run has returned to."""
         if self.metrics is not None:
             self.metrics.rewind(state.step, state.rollbacks)
-        self.tokens, self.since, self.saving = 0, time.perf_counter(), 0.0
+        self._begin()
 
     def step(self, state: RunState, numbers: StepNumbers, routing: Sequence[Tensor]) -> None:
         """Tell of a step.
@@ -80,6 +87,7 @@ class Journal:
             routing: token logits ``[B, S, K]`` of each routed layer, on the last micro batch.
         """
         self.tokens += numbers.tokens
+        self.pairs += numbers.pairs
         if self.metrics is None:
             return
         wrong = f"the {'loss' if numbers.barred else 'gradient'} is not finite"
@@ -103,18 +111,20 @@ class Journal:
             self.tell(step, notice.kind, notice.message, notice.level)
 
     def _speed(self) -> dict[str, float]:
-        """Since the last reading: tokens a second of all ranks, share of the devices' peak (by 6 N), time of saving."""
+        """Since the last reading: tokens a second of all ranks, share of the devices' peak, time of saving."""
         device = self.engine.ranks.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        rate = self.tokens / (time.perf_counter() - self.since - self.saving) if self.tokens else 0.0
+        seconds = max(time.perf_counter() - self.since - self.saving, 1e-9)
+        by_weights, by_attention = self.flops.token * self.tokens, self.flops.pair * self.pairs
         speed = {
-            "train/tokens_per_sec": rate * self.engine.ranks.world_size,
-            "train/mfu": 6 * self.parameters * rate / self.peak,
+            "train/tokens_per_sec": self.tokens / seconds * self.engine.ranks.world_size,
+            "train/mfu": by_weights / seconds / self.peak,
+            "train/mfu_attention": (by_weights + by_attention) / seconds / self.peak,
             "train/save_seconds": self.saving,
             "train/peak_memory_gb": peak_memory(device) / 1e9,
         }
-        self.tokens, self.since, self.saving = 0, time.perf_counter(), 0.0
+        self._begin()
         return speed
 
 
@@ -129,9 +139,10 @@ def routing_metrics(model: PolychromaticLM, routing: Sequence[Tensor]) -> dict[s
     values: dict[str, float] = {}
     layers = [layer.mlp for layer in model.layers if isinstance(layer.mlp, PolyGLU)]
     if layers:
-        static = [float(static_entropy(layer.alpha).mean()) for layer in layers]
-        dynamic = [float(dynamic_entropy(layer.alpha, logits)) for layer, logits in zip(layers, routing, strict=True)]
-        for kind, entropies in (("routing_entropy", static), ("dynamic_routing_entropy", dynamic)):
+        static = torch.stack([static_entropy(layer.alpha).mean() for layer in layers])
+        each = zip(layers, routing, strict=True)
+        dynamic = torch.stack([dynamic_entropy(layer.alpha, logits) for layer, logits in each])
+        for kind, entropies in (("routing_entropy", static.tolist()), ("dynamic_routing_entropy", dynamic.tolist())):
             values |= {f"{kind}/layer_{index}": entropy for index, entropy in enumerate(entropies)}
             values[f"{kind}/mean"] = sum(entropies) / len(entropies)
     return values

@@ -9,8 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 from polyglu.data.dataloader import IGNORED, MicroBatch
 from polyglu.errors import PolygluError
-from polyglu.model.architecture import PolychromaticLM, PolyGLU
+from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.config import NO_ROUTING, ModelConfig, Recompute
+from polyglu.model.feed_forward import PolyGLU
 from polyglu.model.routing import gumbel_noise, summed_entropy
 
 LOGITS_AT_ONCE = 2**27

@@ -143,7 +143,7 @@ class MetricsLog:
             f"lr {values['train/lr']:.2e}",
             f"tau {values['train/tau']:.3f}",
             f"{values['train/tokens_per_sec']:,.0f} tok/s",
-            f"MFU {values['train/mfu']:.1%}",
+            f"MFU {values['train/mfu']:.1%} ({values['train/mfu_attention']:.1%} with attention)",
             f"mem {values['train/peak_memory_gb']:.2f} GB",
         ]
         if "routing_entropy/mean" in values:

@@ -30,8 +30,17 @@ def create_optimizer(model: nn.Module, settings: LoopSection) -> torch.optim.Ada
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.adam_eps,
-        fused=next(model.parameters()).is_cuda,
+        fused=True,
     )
+
+
+def step_if_finite(optimizer: torch.optim.AdamW, norm: Tensor) -> None:
+    """Update the weights, unless the gradient's norm is not finite: then neither they nor the moments change.
+
+    The device decides; fused AdamW offers that to gradient scalers, under the name ``found_inf``.
+    """
+    optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+    optimizer.step()
 
 
 def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
@@ -44,8 +53,7 @@ def adam_state(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[str, Ten
     """AdamW's moments of a parameter and the count of its updates; made as zeros where AdamW has not made them yet."""
     state: dict[str, Tensor] = optimizer.state[parameter]
     if not state:
-        on_device = optimizer.defaults["fused"]
-        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     return state

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from polyglu import PolyGLU
 from polyglu.model import packing as packing_module
-from polyglu.model.architecture import GLU, ROUTER_WIDTH, PolychromaticLM
+from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.config import KernelName, ModelConfig, Recompute, RoutingScope
+from polyglu.model.feed_forward import GLU, ROUTER_WIDTH
 from polyglu.model.model import create_model
 from polyglu.model.packing import Packing
 from polyglu.model.routing import RoutingState, gated_mixture, gumbel_noise, pool, routing_weights

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from polyglu.model import architecture, routing
-from polyglu.model.architecture import PolyGLU
+from polyglu.model import feed_forward, routing
 from polyglu.model.config import KernelName, ModelConfig
+from polyglu.model.feed_forward import PolyGLU
 from polyglu.model.kernels import entropy as kernel
 from polyglu.model.model import create_model
 from polyglu.model.packing import Packing
@@ -209,7 +209,7 @@ def test_model_routes_in_fp32_under_bf16_autocast(monkeypatch: pytest.MonkeyPatc
         seen.append((gate.dtype, neuron.dtype, token.dtype))
         return gated_mixture(gate, up, neuron, token, tau, kernel)
 
-    monkeypatch.setattr(architecture, "gated_mixture", watched)
+    monkeypatch.setattr(feed_forward, "gated_mixture", watched)
     model, ids = create_model(SMALL), torch.randint(37, (2, 20))
     noise = gumbel_noise(0, torch.arange(2), 2, SMALL.d_ff, 4)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):

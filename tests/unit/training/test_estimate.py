@@ -1,14 +1,11 @@
 """What a run is said to need, against counts made another way."""
 
-from unittest import mock
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyglu.model import architecture, routing
-from polyglu.model.config import ModelConfig, TrainConfig, TrainingSection
+from polyglu.model.config import ModelConfig, Recompute, TrainConfig, TrainingSection
 from polyglu.model.model import create_model
 from polyglu.training import estimate
 from polyglu.training.loss import LanguageModelLoss
@@ -42,11 +39,20 @@ def test_state_is_spread_over_ranks_as_zero_does() -> None:
     assert first == {"weights": 500, "gradients": 400, "moments": 200, "buckets": 40}
 
 
-@pytest.mark.parametrize("change", [{}, {"routing_scope": "causal"}, {"ffn": "swiglu"}], ids=str)
+CHANGES = [
+    {}, {"routing_scope": "causal"}, {"ffn": "swiglu"}, {"kernels": "reference"},
+    {"kernels": "reference", "routing_scope": "causal"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_activations_are_about_what_autograd_keeps(change: dict[str, str], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("recompute", ["none", "hidden"])
+def test_activations_are_about_what_autograd_keeps(
+    change: dict[str, str], dtype: torch.dtype, recompute: Recompute
+) -> None:
     config = SMALL.model_copy(update=change)
-    loss, batch = LanguageModelLoss(create_model(config), dtype, recompute=False), long_documents(config, 4)
+    loss, batch = LanguageModelLoss(create_model(config), dtype, recompute), long_documents(config, 4)
     weights = {parameter.untyped_storage().data_ptr() for parameter in loss.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -55,24 +61,26 @@ def test_activations_are_about_what_autograd_keeps(change: dict[str, str], dtype
             kept[place] = tensor
         return tensor
 
-    as_on_a_gpu = mock.patch.object(architecture, "mix_activations", routing.mix_reference)
-    with as_on_a_gpu, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss(batch, 0.5, None)
     counted = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    assert 0.6 < estimate.activation_bytes(config, 4, dtype, recompute=False) / counted < 1.4
+    assert 0.6 < estimate.activation_bytes(config, 4, dtype, recompute) / counted < 1.4
 
 
 def test_logits_count_as_many_as_exist_at_once() -> None:
     sizes = [SMALL.model_copy(update={"vocab_size": size}) for size in (1000, 2000, 2**20, 2**21)]
-    small, double, most, more = (estimate.activation_bytes(config, 8, torch.float32, False) for config in sizes)
+    small, double, most, more = (estimate.activation_bytes(config, 8, torch.float32, "none") for config in sizes)
     assert double - small == 12 * 1000 * 8 * 128  # of 1000 more tokens: logits, in fp32, and their gradient
     assert most == more
 
 
 def test_recomputation_keeps_one_block_and_the_inputs_of_all() -> None:
     layers = [SMALL.model_copy(update={"n_layers": count}) for count in (1, 11)]
-    one, many = (estimate.activation_bytes(config, 1, torch.float32, recompute=True) for config in layers)
+    one, many = (estimate.activation_bytes(config, 1, torch.float32, "full") for config in layers)
     assert many - one == 10 * 128 * 128 * 4
+    modes: tuple[Recompute, ...] = ("none", "hidden", "ffn", "full")
+    sizes = [estimate.activation_bytes(layers[1], 1, torch.float32, mode) for mode in modes]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] - sizes[1] == 11 * 4 * 512 * 128
 
 
 def run(**training: object) -> TrainConfig:

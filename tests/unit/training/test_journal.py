@@ -51,7 +51,7 @@ def make(clock: list[float]) -> Callable[..., Journal]:
 
 
 def numbers(loss: float = 2.0, norm: float = 1.0, fault: Any = None, barred: bool = False) -> StepNumbers:
-    return StepNumbers(loss, norm, fault, barred, learning_rate=1e-3, tau=0.5, tokens=50)
+    return StepNumbers(loss, norm, fault, barred, learning_rate=1e-3, tau=0.5, tokens=50, pairs=200)
 
 
 def routing() -> list[torch.Tensor]:
@@ -102,9 +102,13 @@ def test_speed_leaves_out_the_time_of_saving(make: Callable[..., Journal], clock
     clock[0] += 5
     journal.waited(1.0)
     journal.step(RunState(step=4), numbers(), routing())
-    (_, values, _), parameters = told.rows[0], journal.parameters
+    (_, values, _), flops = told.rows[0], journal.flops
     assert (values["train/tokens_per_sec"], values["train/save_seconds"]) == (25.0, 1.0)
-    assert values["train/mfu"] == pytest.approx(6 * parameters * 25 / 1e9)
+    parameters = sum(parameter.numel() for parameter in journal.engine.loss.model.parameters())
+    config = journal.engine.loss.model.config
+    assert flops == (6 * parameters, 12 * config.n_layers * config.n_q_heads * config.head_dim)
+    assert values["train/mfu"] == pytest.approx(flops.token * 25 / 1e9)
+    assert values["train/mfu_attention"] == pytest.approx((flops.token * 25 + flops.pair * 100) / 1e9)
     clock[0] += 5
     journal.step(RunState(step=6), numbers(), routing())
     assert told.rows[1][1]["train/tokens_per_sec"] == 10.0

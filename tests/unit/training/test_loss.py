@@ -11,8 +11,9 @@ from polyglu.config_file import validate
 from polyglu.data.dataloader import IGNORED, MicroBatch
 from polyglu.errors import PolygluError
 from polyglu.model import routing as routing_module
-from polyglu.model.architecture import PolychromaticLM, PolyGLU
+from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.config import ModelConfig, RoutingScope, TrainConfig
+from polyglu.model.feed_forward import PolyGLU
 from polyglu.model.model import create_model
 from polyglu.model.routing import dynamic_entropy, gumbel_noise
 from polyglu.training import loss as loss_module
@@ -69,7 +70,7 @@ def test_chunks_change_neither_loss_nor_gradient(monkeypatch: pytest.MonkeyPatch
 
 
 def test_penalty_is_a_plain_zero_by_default() -> None:
-    parts = LanguageModelLoss(create_model(SMALL), torch.float32, recompute=False)(some_batch(), 0.5, None)
+    parts = LanguageModelLoss(create_model(SMALL), torch.float32, recompute="none")(some_batch(), 0.5, None)
     assert parts.penalty.item() == 0 and not parts.penalty.requires_grad
     assert parts.loss.requires_grad and not any(logits.requires_grad for logits in parts.routing)
 
@@ -122,7 +123,7 @@ def test_how_rows_are_cut_changes_no_penalty(scope: RoutingScope, monkeypatch: p
 def test_recomputing_blocks_changes_no_gradient(scope: RoutingScope) -> None:
     """The penalty reaches a block through its second output, which activation checkpointing must not lose."""
     batch, gradients = some_batch(), []
-    for recompute in (False, True):
+    for recompute in ("none", "full"):
         model = sharp_model(scope)
         parts = LanguageModelLoss(model, torch.float32, recompute, entropy_reg=3.0)(batch, 0.5, noise(batch))
         gradients.append(torch.autograd.grad(parts.loss + parts.penalty, list(model.parameters())))

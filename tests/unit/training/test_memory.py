@@ -24,7 +24,7 @@ from polyglu.data.chunks import open_source
 from polyglu.data.dataloader import MicroBatch, TokenLoader
 from polyglu.data.order import MixSchedule
 from polyglu.errors import PolygluError
-from polyglu.model.config import ModelConfig, SFTConfig, TrainConfig, TrainingSection
+from polyglu.model.config import ModelConfig, Recompute, SFTConfig, TrainConfig, TrainingSection
 from polyglu.model.model import create_model
 from polyglu.training import memory
 from polyglu.training.loss import LanguageModelLoss, LossParts
@@ -53,7 +53,7 @@ class Alone:
         return list(values)
 
 
-def loss_of(recompute: bool = False, entropy_reg: float = 0.0, ffn: str = "polyglu") -> LanguageModelLoss:
+def loss_of(recompute: Recompute = "none", entropy_reg: float = 0.0, ffn: str = "polyglu") -> LanguageModelLoss:
     model = create_model(SMALL.model_copy(update={"ffn": ffn}))
     return LanguageModelLoss(model, torch.float32, recompute, entropy_reg)
 
@@ -141,8 +141,8 @@ def test_another_cut_takes_the_same_samples_a_step(
 # --- a try
 
 
-@pytest.mark.parametrize(("recompute", "entropy_reg", "ffn"), [(False, 0.1, "polyglu"), (True, 0.0, "swiglu")])
-def test_a_try_runs_the_model_and_leaves_no_trace(recompute: bool, entropy_reg: float, ffn: str) -> None:
+@pytest.mark.parametrize(("recompute", "entropy_reg", "ffn"), [("none", 0.1, "polyglu"), ("full", 0.0, "swiglu")])
+def test_a_try_runs_the_model_and_leaves_no_trace(recompute: Recompute, entropy_reg: float, ffn: str) -> None:
     loss, fired, seen = loss_of(recompute, entropy_reg, ffn), [], []
     for parameter in loss.parameters():
         parameter.grad = torch.full_like(parameter, 3.0)
@@ -176,8 +176,8 @@ class FailingBackward(torch.autograd.Function):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_memory_out_in_backward_is_seen_and_all_of_the_pass_is_freed(recompute: bool) -> None:
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_memory_out_in_backward_is_seen_and_all_of_the_pass_is_freed(recompute: Recompute) -> None:
     loss, alive = loss_of(recompute), []
 
     def fail(_: object, inputs: tuple, parts: LossParts) -> LossParts:

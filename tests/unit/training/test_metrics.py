@@ -33,6 +33,7 @@ from polyglu.training.metrics import (
 SILENT = WandbSection(mode="disabled")
 VALUES = {
     "train/loss": 2.5, "train/lr": 1e-3, "train/tau": 0.7, "train/tokens_per_sec": 12345.0, "train/mfu": 0.25,
+    "train/mfu_attention": 0.3,
     "train/peak_memory_gb": 1.5,
 }  # fmt: skip
 ENTROPIES = {"routing_entropy/mean": 1.386, "dynamic_routing_entropy/mean": 0.9}
@@ -352,8 +353,9 @@ def test_console_line_tells_progress_and_time_left(
     with caplog.at_level(logging.INFO, logger="polyglu.training.metrics"):
         log.log(40, VALUES | ENTROPIES)
     (line,) = caplog.messages
-    parts = ("step 40/100", "loss 2.5000", "lr 1.00e-03", "tau 0.700", "12,345 tok/s", "MFU 25.0%", "mem 1.50 GB")
-    assert line == " | ".join([*parts, "entropy 1.386 static 0.900 dynamic", "00:02:00 left"])
+    parts = ("step 40/100", "loss 2.5000", "lr 1.00e-03", "tau 0.700", "12,345 tok/s")
+    shares = ("MFU 25.0% (30.0% with attention)", "mem 1.50 GB")
+    assert line == " | ".join([*parts, *shares, "entropy 1.386 static 0.900 dynamic", "00:02:00 left"])
 
 
 def test_model_without_routing_shows_no_entropy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

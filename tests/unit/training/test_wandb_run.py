@@ -27,6 +27,7 @@ wandb = pytest.importorskip("wandb")
 KEY = "0123456789abcdef" * 2 + "feedf00d"
 VALUES = {
     "train/loss": 2.5, "train/lr": 1e-3, "train/tau": 0.7, "train/tokens_per_sec": 1.0, "train/mfu": 0.1,
+    "train/mfu_attention": 0.12,
     "train/peak_memory_gb": 1.0,
 }  # fmt: skip
 ENTITY = {"id": "e", "name": "somebody"}

@@ -142,7 +142,8 @@ class RecomputedHidden(torch.autograd.Function):
         """``W h``: ``[B, T, D]`` for a weight ``[D, F]`` in the dtype of ``gate``; the rest as in the operator."""
         ctx.save_for_backward(gate, up, neuron, token, weight)
         ctx.kernel = kernel
-        return gated_mixture_op(gate, up, neuron, token, kernel) @ weight.mT
+        hidden: Tensor = gated_mixture_op(gate, up, neuron, token, kernel)
+        return hidden @ weight.mT
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
