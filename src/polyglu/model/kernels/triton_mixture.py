@@ -107,7 +107,7 @@ def backward(
 def _blocks(gate: Tensor, largest_span: int) -> tuple[dict[str, int | bool], int, int]:
     """Compile-time sizes, number of programs, and number of blocks of neurons.
 
-    A warp has one token of a tile and a thread 16 bytes of it: loads are as wide as can be, sums over the tile's neurons
+    A warp has one token of a tile and a thread 16 bytes of it: loads are as wide as can be, sums over a token's neurons
     stay within the warp, and what K = 6 takes still fits into the registers. Long spans save work and memory that each
     program takes once; they are cut where too few programs would be left to fill the device, to four sizes at most.
     """
