@@ -30,6 +30,7 @@ MAY_IMPORT = {
 ONE_HOME = {
     "deepspeed": "training/",
     "flash_attn": "model/flash_attention.py",
+    "triton": "model/kernels/triton_",
     "wandb": "training/wandb_run.py",
     "lm_eval": "evaluation/",
     "matplotlib": "interpretability/plotting.py",
