@@ -9,6 +9,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -29,6 +32,16 @@ inline vec all(float x) { return vec{} + x; }
 inline vec select(ivec mask, vec yes, vec no) { return mask ? yes : no; }
 inline vec abs(vec x) { return (vec)((uvec)x & 0x7fffffffu); }
 inline vec larger(vec a, vec b) { return select(a > b, a, b); }
+inline vec inverse(vec x) {  // of a finite number: an estimate and a step of Newton's, which is faster than a division
+#if defined(__AVX512F__)
+  vec y = (vec)_mm512_rcp14_ps((__m512)x);
+#elif defined(__AVX2__)
+  vec y = (vec)_mm256_rcp_ps((__m256)x);
+#else
+  vec y = 1.0f / x;
+#endif
+  return y + y * (1.0f - x * y);
+}
 inline float sum(vec x) {
   float total = 0;
   for (int i = 0; i < W; i++) total += x[i];
@@ -53,9 +66,13 @@ inline vec load(const uint16_t* p, int n) {
   return (vec)(__builtin_convertvector(half, uvec) << 16);
 }
 inline void store(uint16_t* p, vec x, int n) {
+#ifdef __AVX512BF16__
+  hvec half = (hvec)_mm512_cvtneps_pbh((__m512)x);
+#else
   uvec bits = (uvec)x;
   bits = x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : bits | 0x400000u;  // to the nearest, ties to even; NaN stays
   hvec half = __builtin_convertvector(bits >> 16, hvec);
+#endif
   if (n == W) memcpy(p, &half, sizeof half);
   else memcpy(p, &half, 2 * n);
 }
@@ -83,8 +100,8 @@ inline void activate(vec x, vec* value, vec* slope) {
   value[0] = select(x <= zero, zero, x);
   if (DERIVATIVE) slope[0] = select(x <= zero, zero, all(1));
   if constexpr (K > 1) {
-    vec e = exp_of_negative(-size), e2 = e * e;  // shared by tanh and sigmoid, as is the division
-    vec both = 1.0f / ((1.0f + e) * (1.0f + e2));
+    vec e = exp_of_negative(-size), e2 = e * e;  // shared by tanh and sigmoid, as is the inverse
+    vec both = inverse((1.0f + e) * (1.0f + e2));
     vec x2 = x * x, p = all(-5.70498872745e-3f);  // near 0, where 1 - e^2 cancels: an odd polynomial (Cephes)
     p = p * x2 + 2.06390887954e-2f;
     p = p * x2 - 5.37397155531e-2f;
@@ -102,7 +119,7 @@ inline void activate(vec x, vec* value, vec* slope) {
   }
   if constexpr (K > 3) {
     vec density = exp_of_negative(-0.5f * x * x);  // erf after Abramowitz and Stegun 7.1.26: within 1.5e-7
-    vec t = 1.0f / (1.0f + 0.3275911f * 0.70710678f * size);
+    vec t = inverse(1.0f + 0.3275911f * 0.70710678f * select(size < 20.0f, size, all(20)));  // no larger: 0 by then
     vec p = all(1.061405429f);
     p = p * t - 1.453152027f;
     p = p * t + 1.421413741f;
@@ -192,8 +209,8 @@ inline void weigh(const Block<K>& block, const Token<K>& token, int v, vec* weig
     for (int k = 0; k < K; k++)
       total += weight[k] = exp_of_negative(block.logit[k][v] + token.logit[k] - most);
   }
-  vec inverse = 1.0f / total;
-  for (int k = 0; k < K; k++) weight[k] *= inverse;
+  vec scale = inverse(total);
+  for (int k = 0; k < K; k++) weight[k] *= scale;
 }
 
 struct Problem {  // as `Problem` in native.py
