@@ -8,7 +8,7 @@ import torch
 
 from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.config import ModelConfig, TrainConfig
-from polyglu.training.loss import LOGITS_AT_ONCE
+from polyglu.training.cross_entropy import METHODS
 from polyglu.training.memory import rows_per_step
 from polyglu.training.shards import BYTES_PER_PARAMETER, MOMENTS
 
@@ -127,8 +127,10 @@ def activation_bytes(config: ModelConfig, rows: int, compute: torch.dtype, recom
         c (6 H + 3 G) d                queries, keys, values: projected, rotated, repeated for grouped heads; the output
         F (4 c + K c)                  gate, up, mixture, their product; K branches
         F (8 K + 4)                    routing weights of every token, unless the row has one mean (``sequence``)
-    With recomputation, a block keeps its input (4 D) and one block at a time keeps all. Logits: in compute dtype, fp32
-    and their gradient, as many as exist at once.
+        4 D                            the features' gradient, which the loss makes in advance
+    With recomputation, a block keeps its input (4 D) and one block at a time keeps all. Besides: the head's gradient
+    by the loss, 4 V D; its weight in the compute dtype, if that is another, c V D; as many logits as exist at once,
+    each of which becomes its own gradient in place.
     """
     c, tokens = torch.empty((), dtype=compute).element_size(), rows * config.seq_length
     branches = config.n_activations if config.ffn == "polyglu" else 0
@@ -137,8 +139,9 @@ def activation_bytes(config: ModelConfig, rows: int, compute: torch.dtype, recom
     if branches and config.routing_scope != "sequence":
         per_token += config.d_ff * (8 * branches + 4)
     blocks = FP32 * config.d_model * config.n_layers + per_token if recompute else per_token * config.n_layers
-    logits = min(tokens * config.vocab_size, LOGITS_AT_ONCE) * (2 * FP32 + c)
-    return tokens * blocks + logits
+    head = config.vocab_size * config.d_model * (FP32 if c == FP32 else FP32 + c)
+    logits = min(tokens * config.vocab_size, METHODS["cuda"].logits_at_once) * c
+    return tokens * (blocks + FP32 * config.d_model) + head + logits
 
 
 def training_seconds(parameters: int, tokens: int, flops: float) -> float:
