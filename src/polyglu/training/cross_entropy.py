@@ -27,10 +27,10 @@ from torch.autograd.function import once_differentiable
 from polyglu.data.dataloader import IGNORED
 
 CACHED_LOGITS = 2**17
-"""Logits that a CPU turns into probabilities at a time: with a copy 1 MB in fp32, which fits into a core's cache."""
+"""Logits that a CPU turns into probabilities at a time: 1 MB in fp32 with a copy, which fits a core's cache."""
 ROW_ALIGNMENT = 64
-"""Rows of the logits start at multiples of it, in bf16 of 128 bytes: an odd vocabulary, as the published one, would keep
-a GPU from its fast matrix products."""
+"""Rows of the logits start at multiples of it, in bf16 of 128 bytes: an odd vocabulary, as the published one, would
+keep a GPU from its fast matrix products."""
 
 Softmax = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Signature of ``softmax_``."""
@@ -104,8 +104,8 @@ def linear_cross_entropy(
     Returns:
         Scalar in nats; it can be differentiated once.
     """
-    if method.gather:
-        counted = targets != IGNORED
+    counted = targets != IGNORED
+    if method.gather and not counted.all():
         features, targets = features[counted], targets[counted]
     with torch.autocast(features.device.type, enabled=False):
         if torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad):
@@ -160,7 +160,8 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, softmax_: Softmax) -> Te
     index = targets[:, None].where(counted, 0)
     kept = counted.to(_exact(logits.dtype))
     log_p = softmax_(logits, index, kept)
-    logits.scatter_(1, index, torch.expm1(log_p).mul_(kept).to(logits.dtype))  # p - 1
+    at_targets = torch.arange(len(targets), device=targets.device)[:, None], index
+    logits[at_targets] = torch.expm1(log_p).mul_(kept).to(logits.dtype)  # p - 1; scatter_ would copy all logits twice
     return -log_p.where(counted, 0).sum()
 
 

@@ -242,6 +242,13 @@ def test_no_tensor_holds_more_logits_than_a_chunk(method: Method, dtype: torch.d
     assert plain.numel == 2**18
 
 
+def test_a_cpu_leaves_ignored_rows_out() -> None:
+    features, weight, targets = inputs(256, 4, 1024, ignored=0.9)
+    with Largest() as seen:
+        linear_cross_entropy(features, weight, targets, torch.float32, IN_CACHE)
+    assert seen.numel == 1024 * int((targets != IGNORED).sum()) < 2**16
+
+
 def test_what_lies_beyond_the_rows_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that holds NaN: a product of 64 rows and 37 columns in bf16 reads it on some processors."""
     monkeypatch.setattr(Tensor, "new_empty", lambda self, *size: self.new_full(size, math.nan))
