@@ -99,7 +99,7 @@ def linear_cross_entropy(
         weight: ``[V, D]``; its gradient has its dtype.
         targets: ``[N]``, ``IGNORED`` where nothing is predicted.
         compute_dtype: of matrix products, whatever autocast says; softmax and loss are at least fp32.
-        method: those of the tensors' device.
+        method: that of the tensors' device.
 
     Returns:
         Scalar in nats; it can be differentiated once.
@@ -111,9 +111,9 @@ def linear_cross_entropy(
         if torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad):
             arguments = features, weight, targets, compute_dtype, method
             return LinearCrossEntropy.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
-        count = _count_chunks(features, weight, method)
+        count, head = _count_chunks(features, weight, method), weight.to(compute_dtype)
         parts = zip(features.chunk(count), targets.chunk(count), strict=True)
-        return torch.stack([reference_cross_entropy(x, weight, target, compute_dtype) for x, target in parts]).sum()
+        return torch.stack([reference_cross_entropy(x, head, target, compute_dtype) for x, target in parts]).sum()
 
 
 def reference_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor, compute_dtype: torch.dtype) -> Tensor:
