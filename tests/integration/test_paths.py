@@ -14,8 +14,9 @@ from polyglu.training.train import train
 
 ROOT = Path(__file__).parents[2]
 STEPS = 200
-TOLERANCE = 2e-3
-"""Nats per token. What differs is the order of fp32 sums; the optimiser lets that grow from 1e-6 as training goes on."""
+AT_FIRST, TOLERANCE = 1e-4, 0.03
+"""Nats per token, in the first 20 steps and in all. What differs is the order of fp32 sums, and training lets that grow
+from 1e-7: the reference on two threads differs from itself on one by 0.026 within 200 steps, the fused path by 0.013."""
 
 
 @pytest.fixture(scope="module")
@@ -48,5 +49,5 @@ def test_the_curve_of_the_demos_model_is_the_references(paths: demo.DemoPaths, t
     fused = curve(paths, tmp_path / "fused", "training.activation_checkpointing=hidden")
     assert reference[-1] < reference[0] - 2  # it learns
     differences = [abs(one - other) for one, other in zip(reference, fused, strict=True)]
-    assert differences[0] < 1e-5
+    assert max(differences[:20]) < AT_FIRST
     assert 0 < max(differences) < TOLERANCE, max(differences)  # 0: the two were the same code

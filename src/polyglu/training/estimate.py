@@ -8,7 +8,7 @@ import torch
 
 from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.config import ModelConfig, Recompute, TrainConfig
-from polyglu.training.loss import LOGITS_AT_ONCE
+from polyglu.training.cross_entropy import METHODS
 from polyglu.training.memory import rows_per_step
 from polyglu.training.shards import BYTES_PER_PARAMETER, MOMENTS
 
@@ -129,7 +129,10 @@ def activation_bytes(config: ModelConfig, rows: int, compute: torch.dtype, recom
         F (K c + c), F (8 K + 4)       kernels ``reference`` besides: branches and mixture; routing weights of every
                                        token, unless the row has one mean (``sequence``)
     ``hidden`` keeps c F less. With ``ffn``, a feed-forward layer keeps its input (4 D), with ``full`` a block does, and
-    one of them at a time keeps all. Logits: in compute dtype, fp32 and their gradient, as many as exist at once.
+    one of them at a time keeps all. Besides: the gradients of the features and of the head, which the loss makes in
+    advance (4 D a token, 4 V D); the head's weight in the compute dtype, if that is another (c V D); as many logits as
+    exist at once, each of which becomes its own gradient in place. Kernels ``reference`` have all logits at once, in
+    the compute dtype and fp32, and their gradient.
     """
     c, tokens = torch.empty((), dtype=compute).element_size(), rows * config.seq_length
     residual, d_ff, routed = FP32 * config.d_model, config.d_ff, config.ffn == "polyglu"
@@ -146,8 +149,12 @@ def activation_bytes(config: ModelConfig, rows: int, compute: torch.dtype, recom
         recompute, (attention + ffn, 0)
     )
     blocks = kept * config.n_layers + at_once
-    logits = min(tokens * config.vocab_size, LOGITS_AT_ONCE) * (2 * FP32 + c)
-    return tokens * blocks + logits
+    logits = tokens * config.vocab_size
+    if config.kernels == "reference":
+        return tokens * blocks + logits * (2 * FP32 + c)
+    head = config.vocab_size * config.d_model * (FP32 if c == FP32 else FP32 + c)
+    logits = min(logits, METHODS["cuda"].logits_at_once) * c
+    return tokens * (blocks + FP32 * config.d_model) + head + logits
 
 
 def training_seconds(parameters: int, tokens: int, flops: float) -> float:

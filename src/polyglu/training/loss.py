@@ -3,9 +3,7 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from polyglu.data.dataloader import IGNORED, MicroBatch
 from polyglu.errors import PolygluError
@@ -13,9 +11,7 @@ from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.config import NO_ROUTING, ModelConfig, Recompute
 from polyglu.model.feed_forward import PolyGLU
 from polyglu.model.routing import gumbel_noise, summed_entropy
-
-LOGITS_AT_ONCE = 2**27
-"""Logits held in memory at a time (512 MB in fp32)."""
+from polyglu.training.cross_entropy import METHODS, linear_cross_entropy, reference_cross_entropy
 
 
 class LossParts(NamedTuple):
@@ -58,7 +54,11 @@ class LanguageModelLoss(nn.Module):
             features, routing = self.model.features(
                 batch.input_ids, cu_seqlens=batch.cu_seqlens, tau=tau, gumbel=gumbel, recompute=self.recompute
             )
-            loss = summed_cross_entropy(self.model, features.flatten(0, 1), batch.targets.flatten())
+        inputs = features.flatten(0, 1), self.model.embed_tokens.weight, batch.targets.flatten(), self.compute_dtype
+        if self.model.config.kernels == "reference":
+            loss = reference_cross_entropy(*inputs)
+        else:
+            loss = linear_cross_entropy(*inputs, METHODS[device.type])
         penalty = loss.new_zeros(())
         if self.entropy_reg:
             penalty = entropy_penalty(self.model, routing, batch.targets, self.entropy_reg)
@@ -96,19 +96,3 @@ def batch_noise(config: ModelConfig, batch: MicroBatch, seed: int) -> Tensor | N
     if config.ffn != "polyglu":
         return None
     return gumbel_noise(seed, batch.sample_ids, config.n_layers, config.d_ff, config.n_activations)
-
-
-def summed_cross_entropy(model: PolychromaticLM, features: Tensor, targets: Tensor) -> Tensor:
-    """Sum in nats over ``[N]`` targets for features ``[N, D]``; only a chunk of the logits exists at a time."""
-    chunk = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    if len(targets) <= chunk:
-        return _chunk_loss(model, features, targets)
-    losses = [
-        checkpoint(_chunk_loss, model, part, target, use_reentrant=False)
-        for part, target in zip(torch.split(features, chunk), torch.split(targets, chunk), strict=True)
-    ]
-    return torch.stack(losses).sum()
-
-
-def _chunk_loss(model: PolychromaticLM, features: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(model.head(features).float(), targets, ignore_index=IGNORED, reduction="sum")

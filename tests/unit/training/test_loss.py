@@ -16,8 +16,8 @@ from polyglu.model.config import ModelConfig, RoutingScope, TrainConfig
 from polyglu.model.feed_forward import PolyGLU
 from polyglu.model.model import create_model
 from polyglu.model.routing import dynamic_entropy, gumbel_noise
-from polyglu.training import loss as loss_module
-from polyglu.training.loss import LanguageModelLoss, summed_cross_entropy
+from polyglu.training.cross_entropy import reference_cross_entropy
+from polyglu.training.loss import LanguageModelLoss
 
 SMALL = ModelConfig(
     vocab_size=37, d_model=16, d_ff=24, n_layers=1, n_q_heads=2, n_kv_heads=1, head_dim=8, seq_length=32
@@ -56,17 +56,23 @@ def noise(batch: MicroBatch, k: int = 4) -> Tensor:
     return gumbel_noise(0, batch.sample_ids, 2, SMALL.d_ff, k)
 
 
-@pytest.mark.parametrize("at_once", [1, 37 * 5, 37 * 7, 10**9])
-def test_chunks_change_neither_loss_nor_gradient(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
-    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", at_once)
-    model, features = create_model(SMALL), torch.randn(21, 16, requires_grad=True)
-    targets = torch.randint(0, 37, (21,))
-    targets[::4] = IGNORED
-    expected = F.cross_entropy(features @ model.embed_tokens.weight.T, targets, ignore_index=IGNORED, reduction="sum")
-    wanted = torch.autograd.grad(expected, (features, model.embed_tokens.weight))
-    actual = summed_cross_entropy(model, features, targets)
-    torch.testing.assert_close(actual, expected)
-    torch.testing.assert_close(torch.autograd.grad(actual, (features, model.embed_tokens.weight)), wanted)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_and_gradients_are_those_of_the_reference(dtype: torch.dtype) -> None:
+    """The head is tied to the embedding: both parts of its gradient must arrive."""
+    model, batch = sharp_model("causal"), some_batch()
+    parameters = list(model.parameters())
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        features, _ = model.features(batch.input_ids, cu_seqlens=batch.cu_seqlens, tau=0.5, gumbel=noise(batch))
+    expected = reference_cross_entropy(
+        features.flatten(0, 1), model.embed_tokens.weight, batch.targets.flatten(), dtype
+    )
+    actual = LanguageModelLoss(model, dtype, False)(batch, 0.5, noise(batch)).loss
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(actual, expected, **tolerance)
+    wanted = torch.autograd.grad(expected, parameters)
+    for ours, theirs in zip(torch.autograd.grad(actual, parameters), wanted, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, **tolerance)
 
 
 def test_penalty_is_a_plain_zero_by_default() -> None:
