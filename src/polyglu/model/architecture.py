@@ -116,10 +116,10 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """``[B, T, D]`` -> the same shape, and the token logits ``[B, S, K]`` of a routed layer."""
         if recompute == "full":
-            return _recomputed(self.forward, x, packing, rope, tau, gumbel)
+            return _recomputed(lambda kept: self.forward(kept, packing, rope, tau, gumbel), x)
         x = x + self.self_attn(self.input_layernorm(x), packing, rope)
         if recompute == "ffn":
-            return _recomputed(self.feed_forward, x, packing, tau, gumbel)
+            return _recomputed(lambda kept: self.feed_forward(kept, packing, tau, gumbel), x)
         return self.feed_forward(x, packing, tau, gumbel, keep_hidden=recompute != "hidden")
 
     def feed_forward(
@@ -133,17 +133,25 @@ class Block(nn.Module):
         return x + self.mlp.combine(normed, token_logits, tau, gumbel, keep_hidden), token_logits
 
 
-def _recomputed(part: Callable[..., Output], *inputs: Any) -> Output:
-    """Output of a part of a block; only its inputs are kept for backward. Nothing in it is random."""
-    output: Output = checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
+def _recomputed(part: Callable[[Tensor], Output], x: Tensor) -> Output:
+    """A part of a block, for which only ``x`` is kept for backward. Nothing in it is random.
+
+    What else it takes it must enclose: of an argument, compiled code would look at everything, ``lengths`` too.
+    """
+    output: Output = checkpoint(part, x, use_reentrant=False, preserve_rng_state=False)
     return output
 
 
-def compile_blocks(model: "PolychromaticLM") -> None:
-    """Compile the blocks, when they are first called: all of them share what is made for the first."""
+def compile_blocks(model: "PolychromaticLM", **options: Any) -> None:
+    """Have the blocks compiled when the first is called; all of them share what is made for it.
+
+    Args:
+        model: changed in place.
+        options: of ``torch.compile``.
+    """
     torch.compiler.config.dynamic_sources = DYNAMIC
     for block in model.layers:
-        block.compile()
+        block.compile(**options)
 
 
 class PolychromaticLM(nn.Module):

@@ -67,8 +67,8 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
         # PyTorch's own kernels look at this switch themselves.
         same_bits = torch.are_deterministic_algorithms_enabled()
         out: Tensor = flash_attn_varlen_func(
-            query, key, value, bounds, bounds, longest, longest, causal=True, deterministic=same_bits
-        )
+            query, key, value, bounds, bounds[:], longest, longest, causal=True, deterministic=same_bits
+        )  # torch.compile takes no autograd function that is given one tensor twice
     else:
         if not GROUPED:
             key, value = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=1) for x in (key, value))
