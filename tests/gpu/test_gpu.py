@@ -151,7 +151,7 @@ def test_triton_mixture_for_odd_shapes(rows: int, columns: int, d_ff: int, dtype
 def test_triton_mixture_for_extreme_logits(scales: tuple[float, float], per_token: bool) -> None:
     gate, up, neuron, token = mixture_inputs(2, 67, 96, 4, per_row=True, per_token=per_token, dtype=torch.float32)
     # A logit of 1e5 has no more than two digits after the point; then neighbours differ in weight.
-    assert_mixture([gate, up, neuron * scales[0], token * scales[1]], 2e-3 if scales == (3e4, 3e4) else 2e-5)
+    assert_mixture([gate, up, neuron * scales[0], token * scales[1]], 2e-3 if scales == (3e4, 3e4) else 3e-4)
 
 
 @pytest.mark.parametrize("k", [1, 4, 6])

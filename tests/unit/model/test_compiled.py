@@ -129,6 +129,8 @@ def test_rows_of_other_lengths_cost_one_graph_more(check: Check) -> None:
     check(CAUSAL, shrinks=1, graphs=2)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # in its imports
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
+)  # in inductor's imports
 def test_code_made_by_inductor(check: Check) -> None:
     check(CAUSAL, "hidden", backend="inductor", tolerance=1e-4)

@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from polyglu.data.dataloader import IGNORED, MicroBatch
 from polyglu.model.architecture import compile_blocks
 from polyglu.model.config import ModelConfig, Recompute, RoutingScope, TrainingSection
+from polyglu.model.flash_attention import flash_serves
 from polyglu.model.model import create_model
-from polyglu.training.engine import PlainEngine
+from polyglu.training import engine as engine_module
+from polyglu.training.engine import PlainEngine, create_engine
 from polyglu.training.fit import Plan, _forward_backward
 from polyglu.training.guard import RunState
 from polyglu.training.loss import LanguageModelLoss
@@ -123,6 +125,29 @@ def test_code_is_made_for_the_size_that_was_found(monkeypatch: pytest.MonkeyPatc
         if isinstance(value, Tensor) and value.ndim == 3:
             seen += [size for size in value.shape if isinstance(size, torch.SymInt)]
     assert not seen
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "wanted"),
+    [
+        ({}, {}, True),
+        ({}, {"compile": "never"}, False),
+        ({}, {"precision": "fp32"}, False),
+        ({"use_flash_attn": False}, {}, False),
+        ({"kernels": "reference"}, {}, False),
+    ],
+    ids=["auto", "never", "fp32", "no flash", "reference"],
+)
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
+)  # in inductor's imports
+def test_blocks_are_compiled_where_attention_asks_for_no_document(
+    model: dict[str, Any], settings: dict[str, Any], wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "flash_serves", lambda _, dtype: flash_serves(torch.device("cuda"), dtype))
+    section = TrainingSection(**{"precision": "bf16", **settings})
+    engine = create_engine(create_model(SMALL.model_copy(update=model)), section, Ranks(torch.device("cpu")))
+    assert [block._compiled_call_impl is not None for block in engine.loss.model.layers] == [wanted] * 2
 
 
 class Reads(TorchDispatchMode):
