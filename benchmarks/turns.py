@@ -25,6 +25,8 @@ SLEEP = 20_000_000
 """GPU cycles, about 10 ms, in which the host queues a call: then the host's own time is not in the GPU's."""
 WARM_UP = {"cpu": 1, "cuda": 3}
 """Calls before the first turn. Compiled code learns in the second call that the temperature changes."""
+LIBRARIES = ["torch", "torch._dynamo", "transformers.models.qwen3.modeling_qwen3"]
+"""What takes long to import, and new processes find imported."""
 NO_TIME = "no time was left for it"
 
 Row = dict[str, Any]
@@ -106,8 +108,8 @@ def compare(
         rounds: fewest and most.
     """
     end, rows, watch = time.perf_counter() + seconds, {}, Stopwatch(device, ahead)
-    # In new processes, memory takes about as long as the turns do.
-    turns_end = end - seconds * 0.4 if memory and device.type == "cpu" else end
+    # The rest of the time is for memory, in new processes.
+    turns_end = end - seconds * 0.35 if memory and device.type == "cpu" else end
     torch.compiler.reset()  # after code for other shapes, the compiler would make code for any shape
     torch._dynamo.config.recompile_limit = 64  # models that share a block's code are many here, in training one
     live: dict[str, Case] = {}
@@ -176,10 +178,16 @@ def _release(device: torch.device) -> None:
 
 def _memory_in_new_process(build: Build) -> Row:
     try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return {"peak_mb": pool.submit(peak_of, build, torch.get_num_threads()).result() / 1e6}
+        return {"peak_mb": in_new_process(peak_of, build, torch.get_num_threads()) / 1e6}
     except Exception as error:
         return {"memory_failed": reason(error)}
+
+
+def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    context = get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def peak_of(build: Build, threads: int) -> int:
