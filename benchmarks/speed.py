@@ -36,7 +36,7 @@ from polyglu.files import write_json
 
 PARTS: dict[str, Any] = {"ffn": speed_ffn, "step": speed_step, "loss": speed_loss, "scaling": speed_scaling}
 SECONDS = {
-    "cpu": {"ffn": 130, "step": 480, "loss": 50, "scaling": 200},
+    "cpu": {"ffn": 90, "step": 580, "loss": 40, "scaling": 170},
     "gpu": {"ffn": 70, "step": 250, "loss": 40, "scaling": 130},
 }
 """Budgets. A part may overdraw its own by what a case needs that has begun."""

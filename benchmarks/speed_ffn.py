@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from measure import as_table, told
 from rich.table import Table
 from torch import Tensor
-from turns import Build, Case, Group, Row, Rows, Stopwatch, compare, measure_groups, ratios
+from turns import Build, Case, Group, Row, Rows, Stopwatch, compare, measure_groups, peak, ratios, start_seconds
 
 from polyglu.model.config import KernelName, RoutingScope
 from polyglu.model.feed_forward import GLU, PolyGLU
@@ -217,7 +217,7 @@ def tables(results: dict[str, Rows]) -> list[Table]:
         return lambda row, rows: told(ratios(rows.get(COPY), row, stretch))
 
     common = {"forward ms": milliseconds("forward"), "backward ms": milliseconds("backward"), "of SwiGLU": times}
-    ends = {"peak MB": lambda row, rows: f"{row['peak_mb']:,.0f}" if "peak_mb" in row else row.get("memory_failed", "")}
+    ends = {"start s": start_seconds, "peak MB": peak}
     rates = {f"{stretch} GB/s": rate(stretch) for stretch in MOVED} | {
         f"{stretch} of copy": of_copy(stretch) for stretch in MOVED
     }

@@ -11,7 +11,7 @@ import torch
 from measure import as_table, told
 from rich.table import Table
 from torch import Tensor
-from turns import Build, Case, Group, Row, Rows, Stopwatch, compare, measure_groups, ratios
+from turns import Build, Case, Group, Row, Rows, Stopwatch, compare, measure_groups, peak, ratios, start_seconds
 
 from polyglu.training.cross_entropy import METHODS, linear_cross_entropy, reference_cross_entropy
 from polyglu.training.devices import compute_dtype
@@ -75,9 +75,10 @@ def liger(shape: Shape) -> Case:
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     def loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        # bias, weights of classes, ignored target, square of the partition's logarithm, smoothing, reduction
-        with torch.autocast(shape.device.type, dtype=torch.bfloat16):
-            result = LigerFusedLinearCrossEntropyFunction.apply(x, weight, targets, None, None, -100, 0.0, 0.0, "sum")
+        # As ours: the head is cast once, not for each chunk, and gradients are summed in fp32. Options: bias, weights of
+        # classes, ignored target, scale of log Z squared, smoothing, reduction, cap, return of log Z, dtype of the sums
+        options = None, None, -100, 0.0, 0.0, "sum", None, False, torch.float32
+        result = LigerFusedLinearCrossEntropyFunction.apply(x, weight.to(x.dtype), targets, *options)
         return result[0] if isinstance(result, tuple) else result  # releases differ
 
     return case_of(shape, loss)
@@ -108,6 +109,7 @@ def tables(results: dict[str, Rows]) -> list[Table]:
         "ms": milliseconds,
         "of full logits": lambda row, rows: told(ratios(row, rows.get(FULL))),
         "TFLOP/s": rate,
-        "peak MB": lambda row, rows: f"{row['peak_mb']:,.0f}" if "peak_mb" in row else row.get("memory_failed", ""),
+        "start s": start_seconds,
+        "peak MB": peak,
     }
     return [as_table("Head and cross-entropy", results, columns)]

@@ -42,7 +42,7 @@ class Job:
     rounds: int
 
 
-def launch(setting: Setting, ranks: int, threads: int, seconds: float, rounds: int = 5) -> Rows:
+def launch(setting: Setting, ranks: int, threads: int, seconds: float, rounds: int) -> Rows:
     """Rows of both engines.
 
     Args:

@@ -76,7 +76,7 @@ def measure_pair(setting: Setting, peak: float, seconds: float) -> Rows:
 
 
 def measure_ranks(setting: Setting, peak: float, ranks: int, seconds: float) -> Rows:
-    return with_work(launch(setting, ranks, threads=1, seconds=seconds), setting, peak)
+    return with_work(launch(setting, ranks, threads=1, seconds=seconds, rounds=5), setting, peak)
 
 
 def tables(results: dict[str, Rows]) -> list[Table]:

@@ -45,10 +45,10 @@ def cpu_shape() -> Shape:
 
 
 def gpu_shape() -> Shape:
-    """The paper's model, with rows that leave room for five models at a time."""
+    """The paper's model, with as many rows as leave room for five models at a time."""
     device = torch.device("cuda")
-    rows = 4 if torch.cuda.get_device_properties(device).total_memory > 100e9 else 2
-    return Shape(Setting(ModelConfig(), device, rows, 1000, "bf16"), ["bf16"], (8, 2, 1))
+    rows = 4 if torch.cuda.get_device_properties(device).total_memory > 100e9 else 1
+    return Shape(Setting(ModelConfig(), device, rows, 1000, "bf16"), ["bf16"], tuple({8, 4, 2, 1} - {rows}))
 
 
 def measure(shape: Shape, seconds: float) -> dict[str, Rows]:
@@ -85,7 +85,9 @@ def sides(setting: Setting) -> dict[str, Build]:
 
 def measure_sides(setting: Setting, peak: float, seconds: float) -> Rows:
     builds = sides(setting)
-    return with_work(compare(builds, setting.device, seconds, memory=list(builds)), setting, peak)
+    apart = setting.document < setting.model.seq_length
+    memory = list(builds) if apart else [TWIN, "fused, causal", QWEN3]
+    return with_work(compare(builds, setting.device, seconds, memory=memory), setting, peak)
 
 
 def measure_recompute(setting: Setting, peak: float, seconds: float) -> Rows:
@@ -101,7 +103,9 @@ def measure_rows(setting: Setting, peak: float, seconds: float) -> Rows:
 
 def measure_deepspeed(setting: Setting, peak: float, seconds: float) -> Rows:
     causal = setting.with_model(routing_scope="causal")
-    return with_work(launch(causal, ranks=1, threads=torch.get_num_threads(), seconds=seconds), setting, peak)
+    rounds = 10 if setting.device.type == "cuda" else 5
+    rows = launch(causal, ranks=1, threads=torch.get_num_threads(), seconds=seconds, rounds=rounds)
+    return with_work(rows, setting, peak)
 
 
 def tables(results: dict[str, Rows]) -> list[Table]:

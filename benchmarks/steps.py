@@ -14,7 +14,7 @@ from measure import told
 from torch import Tensor
 from transformers.models.qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
-from turns import Case, Row, Rows, Stopwatch, ratios
+from turns import Case, Row, Rows, Stopwatch, peak, ratios, start_seconds
 
 from polyglu.data.dataloader import MicroBatch
 from polyglu.model.architecture import PolychromaticLM
@@ -136,14 +136,14 @@ def qwen3_inputs(batch: MicroBatch, whole: bool, flat: bool) -> dict[str, Tensor
     return {name: tensor.reshape(1, -1) for name, tensor in inputs.items()} if flat else inputs
 
 
-def with_work(rows: Rows, setting: Setting, peak: float) -> Rows:
+def with_work(rows: Rows, setting: Setting, most_flops: float) -> Rows:
     """Rows of one setting with what a step does: its tokens, and FLOPs as a run's metrics count them."""
     batch, flops = setting.batch(), flops_of(_on_meta(setting.model))
     by_weights = flops.token * setting.tokens
     work = {"tokens": setting.tokens, "flops": by_weights, "flops_attention": by_weights}
     work["flops_attention"] += flops.pair * batch.attention_pairs
     for row in rows.values():
-        row |= work | {"peak": peak}
+        row |= work | {"flops_per_s": most_flops}
     return rows
 
 
@@ -165,7 +165,10 @@ def step_columns(base: str) -> dict[str, Any]:
     """Columns of a table of steps; "of ``base``" is time, in the same round."""
 
     def mfu(kind: str) -> Any:
-        return lambda row, rows: told([100 * row[kind] / row["peak"] / value for value in row["seconds"]["total"]], 1)
+        def share(row: Row, rows: Rows) -> str:
+            return told([100 * row[kind] / row["flops_per_s"] / value for value in row["seconds"]["total"]], 1)
+
+        return share
 
     return {
         "ms": lambda row, rows: told([1e3 * value for value in row["seconds"]["total"]], 1),
@@ -173,6 +176,6 @@ def step_columns(base: str) -> dict[str, Any]:
         f"of {base}": lambda row, rows: told(ratios(row, rows.get(base))),
         "MFU %": mfu("flops"),
         "with attention": mfu("flops_attention"),
-        "start s": lambda row, rows: f"{row['start_s']:.1f}" if "start_s" in row else "",
-        "peak MB": lambda row, rows: f"{row['peak_mb']:,.0f}" if "peak_mb" in row else row.get("memory_failed", ""),
+        "start s": start_seconds,
+        "peak MB": peak,
     }

@@ -45,6 +45,16 @@ def ratios(row: Row | None, base: Row | None, stretch: str = "total") -> list[fl
     return [ours / theirs for ours, theirs in zip(row["seconds"][stretch], base["seconds"][stretch], strict=True)]
 
 
+def start_seconds(row: Row, rows: Rows) -> str:
+    """Cell: building and first calls, compilation included."""
+    return f"{row['start_s']:.1f}" if "start_s" in row else ""
+
+
+def peak(row: Row, rows: Rows) -> str:
+    """Cell: MB."""
+    return f"{row['peak_mb']:,.0f}" if "peak_mb" in row else row.get("memory_failed", "")
+
+
 class Stopwatch:
     """Seconds of the stretches of a call; with ``ahead`` a GPU begins when the host has queued the call."""
 
@@ -102,33 +112,32 @@ def compare(
         builds: case -> what makes it; one that fails gets a sentence, and the others go on.
         device: whose time is taken.
         seconds: after which no further round begins.
-        memory: cases whose memory is measured too.
+        memory: cases whose memory is measured too; on a GPU that of all is.
         calls: of a turn, of which the median counts.
         ahead: see ``Stopwatch``.
         rounds: fewest and most.
     """
-    end, rows, watch = time.perf_counter() + seconds, {}, Stopwatch(device, ahead)
+    rows, watch = {}, Stopwatch(device, ahead)
     # The rest of the time is for memory, in new processes.
-    turns_end = end - seconds * 0.35 if memory and device.type == "cpu" else end
+    end = time.perf_counter() + seconds * (0.65 if memory and device.type == "cpu" else 1)
     torch.compiler.reset()  # after code for other shapes, the compiler would make code for any shape
     torch._dynamo.config.recompile_limit = 64  # models that share a block's code are many here, in training one
     live: dict[str, Case] = {}
     for name, build in builds.items():
         say(f"  {name}")
         try:
-            if time.perf_counter() > turns_end:
+            if time.perf_counter() > end:
                 raise TimeoutError(NO_TIME)
             live[name], rows[name] = _start(build, watch)
         except Exception as error:
             rows[name] = {"failed": reason(error)}
         _release(device)
-    _take_turns(live, rows, watch, calls, rounds, turns_end)
+    _take_turns(live, rows, watch, calls, rounds, end)
     live.clear()
     _release(device)
     for name in memory:
         if device.type == "cpu" and "failed" not in rows[name]:
-            in_time = time.perf_counter() < end
-            rows[name] |= _memory_in_new_process(builds[name]) if in_time else {"memory_failed": NO_TIME}
+            rows[name] |= _memory_in_new_process(builds[name])
     return rows
 
 
