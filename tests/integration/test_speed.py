@@ -1,0 +1,133 @@
+"""Every part of ``benchmarks/speed.py`` on toy shapes: what it tells is complete. No speed is tested."""
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # last: it has a file tokenize.py
+
+import measure  # noqa: E402
+import speed  # noqa: E402
+import speed_ffn  # noqa: E402
+import speed_loss  # noqa: E402
+import speed_scaling  # noqa: E402
+import speed_step  # noqa: E402
+import turns  # noqa: E402
+from speed_ranks import DEEPSPEED, PLAIN, launch  # noqa: E402
+from steps import Setting, qwen3_step, training_step  # noqa: E402
+
+from polyglu.model.config import ModelConfig  # noqa: E402
+
+CPU = torch.device("cpu")
+MODEL = ModelConfig(
+    vocab_size=64, d_model=32, d_ff=64, n_layers=2, n_q_heads=2, n_kv_heads=1, head_dim=16, seq_length=32,
+)  # fmt: skip
+SETTING = Setting(MODEL, CPU, rows=2, document=10, precision="fp32")
+FEW = turns.Rounds(2, 2)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rounds of each, nothing compiled, no new processes: those have a test of their own."""
+    monkeypatch.setattr(turns, "_memory_in_new_process", lambda build: {"peak_mb": 1.0})
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    for module in (speed_ffn, speed_loss, speed_step, speed_scaling):
+        monkeypatch.setattr(module, "compare", partial(turns.compare, rounds=FEW))
+
+
+def row_of_two_rounds(*arguments: Any, **options: Any) -> dict[str, Any]:
+    return {name: {"seconds": {"total": [0.1, 0.2]}, "start_s": 1.0} for name in (PLAIN, DEEPSPEED)}
+
+
+SHAPES: dict[str, Callable[[], Any]] = {
+    "ffn": lambda: [speed_ffn.Shape(16, 32, 2, 8, precision, CPU) for precision in ("fp32", "bf16")],
+    "loss": lambda: [speed_loss.Shape(16, 40, 24, "fp32", CPU)],
+    "step": lambda: speed_step.Shape(SETTING, ["fp32", "bf16"], (1,)),
+    "scaling": lambda: speed_scaling.Shape(
+        SETTING.with_model(routing_scope="causal"), lengths=(32, 64), layers=(1,), activations=(1, 6), ranks=(2,)
+    ),
+}
+
+
+def test_the_command_tells_all_parts_and_goals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, shape in SHAPES.items():
+        monkeypatch.setattr(speed.PARTS[name], "cpu_shape", shape)
+    for module in (speed_step, speed_scaling):
+        monkeypatch.setattr(module, "launch", row_of_two_rounds)
+    speed.main(speed.Kind.cpu, tmp_path / "speed.json", ",".join(speed.PARTS))
+    told = json.loads((tmp_path / "speed.json").read_text())
+    assert set(told["results"]) == set(speed.PARTS)
+    for groups in told["results"].values():
+        for rows in groups.values():
+            for case, row in rows.items():
+                assert "failed" not in row, (case, row)
+                assert len(row["seconds"]["total"]) == 2
+    assert [goal["verdict"] for goal in told["goals"]].count("not measured") == 0
+    assert "Scaling of ZeRO-2" in capsys.readouterr().out
+
+
+def test_the_gpus_goals_are_found_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"seconds": {name: [1.0, 1.0] for name in ("forward", "backward", "total")}, "tokens": 1, "flops": 1}
+    names = {
+        "ffn": ("elementwise, x", ["kernel, causal", speed_ffn.COPY, speed_ffn.LIGER]),
+        "step": ("sides, x", ["fused, causal", "fused, sequence", "reference, sequence", speed_step.TWIN]),
+        "loss": ("x", [speed_loss.OURS]),
+    }
+    results = {
+        part: {group: {case: {**row, "peak_mb": 1.0} for case in cases}} for part, (group, cases) in names.items()
+    }
+    results["step"]["DeepSpeed, x"] = {PLAIN: row, DEEPSPEED: row}
+    goals = speed.gpu_goals(results)
+    assert not [goal.text for goal in goals if goal.verdict == "not measured"]
+    assert all(goal.verdict == "not measured" for goal in speed.gpu_goals({}))
+
+
+def test_a_case_that_fails_is_told_in_a_sentence_and_the_others_go_on() -> None:
+    calls = []
+
+    def breaks_later() -> turns.Case:
+        def case(watch: turns.Stopwatch) -> None:
+            calls.append(1)
+            if len(calls) > 2:
+                raise torch.OutOfMemoryError("a long story")
+            good(watch)
+
+        return case
+
+    def good(watch: turns.Stopwatch) -> None:
+        watch.start()
+        watch.lap("all")
+
+    def absent() -> turns.Case:
+        raise ModuleNotFoundError(name="liger_kernel")
+
+    rows = turns.compare({"absent": absent, "breaks": breaks_later, "good": lambda: good}, CPU, 60, rounds=FEW)
+    assert rows["absent"]["failed"] == "the package liger_kernel is not installed"
+    assert rows["breaks"]["failed"] == "out of memory" and len(rows["good"]["seconds"]["total"]) == 2
+    console = Console(record=True, width=120)
+    console.print(measure.as_table("t", {"g": rows}, {"ratio": lambda row, rows: "1"}))
+    assert "absent: the package liger_kernel is not installed" in console.export_text()
+    assert turns.compare({"good": lambda: good}, CPU, -1.0)["good"]["failed"] == turns.NO_TIME
+
+
+@pytest.mark.parametrize("build", [training_step, qwen3_step])
+def test_memory_in_a_new_process_grows_with_the_model(build: Callable[[Setting], turns.Case]) -> None:
+    """16 MB of weights, gradients and moments besides what the small one has."""
+    large = SETTING.with_model(vocab_size=2**15)
+    sizes = [turns.in_new_process(turns.peak_of, partial(build, setting), 1) for setting in (SETTING, large)]
+    assert 14e6 < sizes[1] - sizes[0] < 80e6
+
+
+@pytest.mark.timeout(120)
+def test_ranks_of_deepspeed_take_turns_with_the_plain_engine() -> None:
+    rows = launch(SETTING, ranks=2, threads=1, seconds=100, rounds=2)
+    assert [len(row["seconds"]["total"]) for row in rows.values()] == [2, 2] and set(rows) == {PLAIN, DEEPSPEED}
