@@ -114,7 +114,9 @@ def main(folder: Path, first: int, last: int) -> None:
     duration = time.perf_counter() - started
     whole = content(folder / "whole")
     report = {"chunks": sum(name.endswith(".bin") for name in whole), "kills": 0, "equal": 0}
-    for seed in range(first, last):
+    for seed in range(first, 2 * last - first):
+        if seed >= last and report["kills"] >= 1.25 * (last - first):
+            break  # on a machine whose speed changes, some moments lie behind the end
         generator = random.Random(seed)
         output = folder / f"broken_{seed}"
         for _ in range(generator.choice([1, 1, 2, 3])):

@@ -16,4 +16,4 @@ def test_killed_at_a_hundred_moments_it_ends_with_the_same_bytes(tmp_path: Path)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)
-    assert report["equal"] == 80 and report["kills"] >= 100 and report["chunks"] > 20, report
+    assert report["equal"] >= 80 and report["kills"] >= 100 and report["chunks"] > 20, report
