@@ -46,6 +46,13 @@ def test_an_override_that_is_no_yaml_is_refused(place: Place) -> None:
     assert "override 'training.total_steps=['" in sentence
 
 
+@pytest.mark.parametrize("command", ["train --config", "train --dry-run"])
+def test_a_kernel_that_does_not_work_here_is_refused(place: Place, command: str) -> None:
+    sentence = refused(place.line(f"{command} {{here}}/train.yaml --set model.kernels=triton"))
+    assert "model.kernels: triton does not work here (cpu" in sentence and "choose auto" in sentence
+    assert not list(place.out.rglob("step_*"))
+
+
 @pytest.mark.parametrize(
     "command",
     [

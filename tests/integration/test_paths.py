@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 STEPS = 200
 AT_FIRST, TOLERANCE = 1e-4, 0.03
 """Nats per token, in the first 20 steps and in all. What differs is the order of fp32 sums, and training lets that grow
-from 1e-7: in 200 steps the reference on two threads came to differ from itself on one by 0.026, the fused one by 0.013."""
+from 1e-7: in 200 steps the reference on two threads came to differ from the one on one thread by 0.026, the fused path
+by 0.013."""
 
 
 @pytest.fixture(scope="module")

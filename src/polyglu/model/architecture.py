@@ -6,6 +6,9 @@ Legend of shapes:
     S = T where routing depends on the position, else 1
 """
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +19,10 @@ from polyglu.model.feed_forward import GLU, PolyGLU
 from polyglu.model.flash_attention import attention
 from polyglu.model.packing import Packing
 
+DYNAMIC = "L['packing'].cu_seqlens,L['packing'].max_length"
+"""Arguments of ``Block.forward`` whose sizes differ from batch to batch: one compiled block serves them all."""
 ROPE_BASE = 10000.0
+Output = TypeVar("Output")
 
 
 class RMSNorm(nn.Module):
@@ -109,10 +115,12 @@ class Block(nn.Module):
         recompute: Recompute = "none",
     ) -> tuple[Tensor, Tensor | None]:
         """``[B, T, D]`` -> the same shape, and the token logits ``[B, S, K]`` of a routed layer."""
+        if recompute == "full":
+            return _recomputed(lambda kept: self.forward(kept, packing, rope, tau, gumbel), x)
         x = x + self.self_attn(self.input_layernorm(x), packing, rope)
-        if recompute != "ffn":
-            return self.feed_forward(x, packing, tau, gumbel, keep_hidden=recompute != "hidden")
-        return checkpoint(self.feed_forward, x, packing, tau, gumbel, use_reentrant=False)  # type: ignore[no-any-return]
+        if recompute == "ffn":
+            return _recomputed(lambda kept: self.feed_forward(kept, packing, tau, gumbel), x)
+        return self.feed_forward(x, packing, tau, gumbel, keep_hidden=recompute != "hidden")
 
     def feed_forward(
         self, x: Tensor, packing: Packing, tau: float | Tensor, gumbel: Tensor | None, keep_hidden: bool = True
@@ -123,6 +131,27 @@ class Block(nn.Module):
             return x + self.mlp(normed), None
         token_logits = self.mlp.token_logits(normed, packing)
         return x + self.mlp.combine(normed, token_logits, tau, gumbel, keep_hidden), token_logits
+
+
+def _recomputed(part: Callable[[Tensor], Output], x: Tensor) -> Output:
+    """A part of a block, for which only ``x`` is kept for backward. Nothing in it is random.
+
+    What else it takes it must enclose: of an argument, compiled code would look at everything, ``lengths`` too.
+    """
+    output: Output = checkpoint(part, x, use_reentrant=False, preserve_rng_state=False)
+    return output
+
+
+def compile_blocks(model: "PolychromaticLM", **options: Any) -> None:
+    """Have the blocks compiled when the first is called; all of them share what is made for it.
+
+    Args:
+        model: changed in place.
+        options: of ``torch.compile``.
+    """
+    torch.compiler.config.dynamic_sources = DYNAMIC
+    for block in model.layers:
+        block.compile(**options)
 
 
 class PolychromaticLM(nn.Module):
@@ -210,10 +239,7 @@ class PolychromaticLM(nn.Module):
         routing = []
         for index, block in enumerate(self.layers):
             noise = None if gumbel is None else gumbel[index]
-            if recompute == "full":
-                x, token_logits = checkpoint(block, x, packing, rope, tau, noise, use_reentrant=False)
-            else:
-                x, token_logits = block(x, packing, rope, tau, noise, recompute)
+            x, token_logits = block(x, packing, rope, tau, noise, recompute)
             if token_logits is not None:
                 routing.append(token_logits)
         return self.norm(x), routing

@@ -35,9 +35,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, use_flash: bool
     Returns:
         ``[B, T, H, d]``.
     """
-    if use_flash and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if use_flash and flash_serves(q.device, q.dtype):
         return _flash(q, k, v, packing)
     return _sdpa(q, k, v, packing)
+
+
+def flash_serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether FlashAttention has kernels for a device and dtype."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
@@ -53,7 +58,7 @@ def _sdpa_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-    """As ``attention``. Compiled code sees the same shapes again and again, for the bounds are padded."""
+    """As ``attention``; the host is not asked about the documents."""
     query, key, value = (x.flatten(0, 1) for x in (q, k, v))  # [N, H or G, d]
     bounds, longest = packing.cu_seqlens, packing.max_length
     if FLASH_ATTN_INSTALLED:
@@ -62,8 +67,8 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
         # PyTorch's own kernels look at this switch themselves.
         same_bits = torch.are_deterministic_algorithms_enabled()
         out: Tensor = flash_attn_varlen_func(
-            query, key, value, bounds, bounds, longest, longest, causal=True, deterministic=same_bits
-        )
+            query, key, value, bounds, bounds[:], longest, longest, causal=True, deterministic=same_bits
+        )  # torch.compile takes no autograd function that is given one tensor twice
     else:
         if not GROUPED:
             key, value = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=1) for x in (key, value))

@@ -120,7 +120,7 @@ def save_portable(
     content = {
         "format": PORTABLE_FORMAT,
         "model": {name: weight.detach().float().cpu().contiguous() for name, weight in weights.items()},
-        "config": config.model_dump(mode="json"),
+        "config": describe_shape(config),
         "step": step,
         "tau": tau,
         "tokenizer": dict(tokenizer),
@@ -130,12 +130,17 @@ def save_portable(
     return write_atomically(path, lambda file: torch.save(content, file))
 
 
+def describe_shape(config: ModelConfig) -> dict[str, Any]:
+    """What of a config belongs to the weights: not who computes, which each machine decides for itself."""
+    return config.model_dump(mode="json", exclude={"kernels"})
+
+
 def save_safetensors(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint as a folder of ``model.safetensors`` and ``config.json``, which ``load_checkpoint`` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: weight.contiguous() for name, weight in checkpoint.weights.items()}, folder / "model.safetensors")
     description = {"step": checkpoint.step, "tau": checkpoint.tau, "tokenizer": checkpoint.tokenizer}
-    write_json(folder / "config.json", {"model": checkpoint.config.model_dump(mode="json"), **description})
+    write_json(folder / "config.json", {"model": describe_shape(checkpoint.config), **description})
 
 
 class _TokenizerIdentity(BaseModel):

@@ -13,8 +13,6 @@ from torch import Tensor
 
 BLOCK = 128
 """Positions whose running mean is one matrix product."""
-FEWEST_BOUNDS = 32
-"""Bounds of the documents are padded to this number, or the next power of two: compiled code sees few shapes."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +25,9 @@ class Packing:
     lengths: tuple[int, ...]
     """Tokens of each document, in order; they sum to N. For the host: code that is compiled must not read it."""
     cu_seqlens: Tensor
-    """``[documents + 1]`` int32 on the batch's device: where each document begins, and N; then more of N, which are
-    empty documents, up to a number that hardly ever changes."""
+    """``[documents + 1]`` int32 on the batch's device: where each document begins, and N."""
     max_length: int
-    """At least the tokens of the longest document: the next power of two, or T."""
+    """Tokens of the longest document; at least 2, for kernels take queries of one token for decoding."""
     positions: Tensor
     """``[N]`` int64: position of each token in its document."""
     last: Tensor
@@ -59,10 +56,8 @@ class Packing:
             raise ValueError(f"cu_seqlens must rise from 0 to {tokens} (rows * columns), got {bounds[:8]}...")
         if not set(range(0, tokens + 1, columns)) <= set(bounds):
             raise ValueError("cu_seqlens: a document crosses the end of a row")
-        padded = F.pad(torch.tensor(bounds, dtype=torch.int32), (0, _few(len(bounds)) - len(bounds)), value=tokens)
-        if device.type == "cuda":
-            padded = padded.pin_memory()
-        on_device = padded.to(device, non_blocking=True)
+        on_host = torch.tensor(bounds, dtype=torch.int32, pin_memory=device.type == "cuda")
+        on_device = on_host.to(device, non_blocking=True)
         index = torch.arange(tokens, device=device)
         document = torch.searchsorted(on_device, index, right=True)  # from 1 on
         positions, last = index - on_device[document - 1], on_device[document].long() - 1
@@ -70,7 +65,7 @@ class Packing:
         return cls(
             lengths=lengths,
             cu_seqlens=on_device,
-            max_length=min(columns, 1 << (max(lengths) - 1).bit_length()),
+            max_length=max(2, *lengths),
             positions=positions,
             last=last,
             whole_rows=len(lengths) == rows,
@@ -90,10 +85,6 @@ class Packing:
         earlier = self.before.to(x.dtype) @ inside[:, :, -1]  # [B, T, R]
         total = inside.flatten(1, 2)[:, :columns] + earlier
         return total / (self.positions.view(rows, columns, 1) + 1)
-
-
-def _few(bounds: int) -> int:
-    return max(FEWEST_BOUNDS, 1 << (bounds - 1).bit_length())
 
 
 def _masks(positions: Tensor) -> tuple[Tensor, Tensor]:

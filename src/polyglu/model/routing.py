@@ -50,7 +50,7 @@ class RoutingState:
             projected: ``[B, T, R]``.
             packing: documents of the batch.
         """
-        ends = packing.cu_seqlens[1 : len(packing.lengths) + 1].long() - 1  # [documents]
+        ends = packing.cu_seqlens[1:].long() - 1  # [documents]
         count = (packing.positions[ends] + 1).to(projected.dtype)
         return cls(packing.running_mean(projected).flatten(0, 1)[ends] * count[:, None], count)
 

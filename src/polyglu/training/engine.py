@@ -15,8 +15,9 @@ from torch import Tensor
 from polyglu.data.dataloader import MicroBatch
 from polyglu.errors import PolygluError
 from polyglu.files import read_json
-from polyglu.model.architecture import PolychromaticLM
+from polyglu.model.architecture import PolychromaticLM, compile_blocks
 from polyglu.model.config import LoopSection
+from polyglu.model.flash_attention import flash_serves
 from polyglu.training.devices import compute_dtype
 from polyglu.training.loss import LanguageModelLoss, LossParts
 from polyglu.training.optimizer import (
@@ -210,9 +211,9 @@ def create_engine(model: PolychromaticLM, settings: LoopSection, ranks: Ranks) -
     """DeepSpeed when a launcher started the process as a rank, else plain PyTorch; the model moves to the device."""
     dtype = compute_dtype(settings.precision, ranks.device)
     loss = LanguageModelLoss(model, dtype, settings.activation_checkpointing, settings.entropy_reg)
-    if settings.compile == "auto" and ranks.device.type == "cuda" and model.config.kernels != "reference":
-        for block in model.layers:
-            block.compile()
+    flash = model.config.use_flash_attn and flash_serves(ranks.device, dtype)  # else attention asks for each document
+    if settings.compile == "auto" and flash and model.config.kernels != "reference":
+        compile_blocks(model)
     make = DeepSpeedEngine if launched_distributed() else PlainEngine
     return make(loss.to(ranks.device).train(), settings, ranks)
 

@@ -50,9 +50,10 @@ class LanguageModelLoss(nn.Module):
     def forward(self, batch: MicroBatch, tau: float, gumbel: Tensor | None) -> LossParts:
         """Loss of a micro batch that is on the model's device, at a routing temperature and noise ``[L, B, F, K]``."""
         device = batch.input_ids.device
+        temperature = torch.full((), tau, device=device)  # for a number of another value, blocks would be compiled anew
         with torch.autocast(device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32):
             features, routing = self.model.features(
-                batch.input_ids, cu_seqlens=batch.cu_seqlens, tau=tau, gumbel=gumbel, recompute=self.recompute
+                batch.input_ids, cu_seqlens=batch.cu_seqlens, tau=temperature, gumbel=gumbel, recompute=self.recompute
             )
         inputs = features.flatten(0, 1), self.model.embed_tokens.weight, batch.targets.flatten(), self.compute_dtype
         if self.model.config.kernels == "reference":

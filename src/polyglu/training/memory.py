@@ -132,15 +132,20 @@ def fit_micro_batch(
     if wanted == "auto" and device.type == "cuda":
         reserve_bytes += int(GPU_HEADROOM * torch.cuda.get_device_properties(device).total_memory)
 
+    sizes = []
+
     def fits(size: int) -> bool:
         tried = max((other for other in divisors(rows) if other < size), default=None)
         if wanted == "auto" and device.type == "cpu" and tried is not None:
             peak = forecast(held, peak_memory(device), tried, size) + CPU_RESERVE * weights
             if ranks.sum([float(peak > memory_limit())])[0]:
                 return False
+        sizes.append(size)
         return not ranks.sum([float(not trial(loss, size, tau, reserve_bytes))])[0]
 
     size = choose_micro_batch(rows, None if wanted == "auto" else wanted, fits)
+    if len(sizes) > 1:
+        torch.compiler.reset()  # compiled code that serves several sizes is slower than what is made for one
     if wanted != size:
         announce(wanted, size, rows)
     return size
@@ -200,10 +205,14 @@ def _forward_backward(loss: LanguageModelLoss, rows: int, tau: float, reserve_by
 
 
 def long_documents(config: ModelConfig, rows: int) -> MicroBatch:
-    """The micro batch that needs the most: each of its rows one document, so that attention spans it all."""
+    """The micro batch that needs the most: attention spans its rows, and the first has two documents, as others have.
+
+    Were each row one document, less could be kept, and code be compiled that serves such batches alone.
+    """
     length = config.seq_length
     ids = (torch.arange(rows * length) % config.vocab_size).view(rows, length)
-    return MicroBatch(ids, ids, torch.arange(0, rows * length + 1, length, dtype=torch.int32), torch.arange(rows))
+    bounds = sorted({0, 1, *range(length, rows * length + 1, length)})
+    return MicroBatch(ids, ids, torch.tensor(bounds, dtype=torch.int32), torch.arange(rows))
 
 
 def forecast(held: int, peak: int, tried: int, size: int) -> int:

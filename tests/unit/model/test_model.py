@@ -80,6 +80,14 @@ def test_portable_round_trip(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert read_checkpoint(path).tokenizer == TOKENIZER
 
 
+def test_who_computes_is_not_part_of_a_checkpoint(tmp_path: Path) -> None:
+    """A model trained on a GPU with its kernels is opened on a machine without."""
+    save(tmp_path / "portable.pt", create_model(SMALL.model_copy(update={"kernels": "triton"})))
+    save_safetensors(tmp_path / "folder", read_checkpoint(tmp_path / "portable.pt"))
+    for path in (tmp_path / "portable.pt", tmp_path / "folder"):
+        assert load_checkpoint(path)[0].config.kernels == "auto"
+
+
 def test_portable_holds_tensors_and_plain_values_only(portable: Path) -> None:
     content = torch.load(portable, weights_only=True)
     assert content.keys() == {"format", "model", "config", "step", "tau", "tokenizer"}

@@ -209,7 +209,7 @@ inline void weigh(const Block<K>& block, const Token<K>& token, int v, vec* weig
     for (int k = 0; k < K; k++)
       total += weight[k] = exp_of_negative(block.logit[k][v] + token.logit[k] - most);
   }
-  vec scale = inverse(total);
+  vec scale = K == 1 ? 1.0f / total : inverse(total);  // exactly 1
   for (int k = 0; k < K; k++) weight[k] *= scale;
 }
 
