@@ -75,8 +75,8 @@ def liger(shape: Shape) -> Case:
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     def loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        # As ours: the head is cast once, not for each chunk, and gradients are summed in fp32. Options: bias, weights
-        # of classes, ignored target, scale of log Z squared, smoothing, reduction, cap, return of log Z, dtype of sums
+        # As ours: the head is cast once, not for each chunk, and gradients are summed in fp32. Options: bias, classes'
+        # weights, ignored target, scale of log Z squared, smoothing, reduction, cap, return of log Z, dtype of sums
         options = None, None, -100, 0.0, 0.0, "sum", None, False, torch.float32
         result = LigerFusedLinearCrossEntropyFunction.apply(x, weight.to(x.dtype), targets, *options)
         return result[0] if isinstance(result, tuple) else result  # releases differ

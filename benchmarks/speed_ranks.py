@@ -31,7 +31,7 @@ PLAIN, DEEPSPEED = "plain", "DeepSpeed ZeRO-2"
 ROOT = Path(__file__).parents[1]
 START = "from polyglu.training.launcher import launch; launch()"
 """The command ``deepspeed``, wherever it is installed."""
-LEAST_SECONDS = 90
+LEAST_SECONDS = 60
 """What starting ranks, and a few steps, may always take."""
 
 

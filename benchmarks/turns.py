@@ -24,7 +24,7 @@ from measure import reason, say
 SLEEP = 20_000_000
 """GPU cycles, about 10 ms, in which the host queues a call: then the host's own time is not in the GPU's."""
 WARM_UP = {"cpu": 1, "cuda": 3}
-"""Calls before the first turn. Compiled code learns in the second call that the temperature changes."""
+"""Calls before the first turn. The first compiles; what another one may still compile shall not be timed either."""
 LIBRARIES = ["torch", "torch._dynamo", "transformers.models.qwen3.modeling_qwen3"]
 """What takes long to import, and new processes find imported."""
 NO_TIME = "no time was left for it"
