@@ -11,7 +11,7 @@ from polyglu.data.tokenizer import is_text
 from polyglu.errors import PolygluError, run_command
 from polyglu.inference import open_for_inference
 from polyglu.logs import configure_logging
-from polyglu.model.generation import generate
+from polyglu.model.generation import Routing, generate
 
 
 def main(
@@ -19,11 +19,19 @@ def main(
     prompt: Annotated[str, typer.Option(help="Text to continue, or the user's message with --chat.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw among this many of the likeliest tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw among the likeliest tokens of this mass.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draws.")] = 0,
     chat: Annotated[
         bool, typer.Option("--chat", help="The prompt is a user's message (fine-tuned checkpoints).")
     ] = False,
+    routing: Annotated[
+        Routing,
+        typer.Option(
+            help="Of new tokens. frozen, running: with a model that is not causal, approximate what exact computes "
+            "from the whole text for each token."
+        ),
+    ] = "exact",
     tokenizer: Annotated[str | None, typer.Option(help="Name or path; default: the checkpoint's own.")] = None,
     device: Annotated[str | None, typer.Option(help="Torch device; default: CUDA if there is one.")] = None,
 ) -> None:
@@ -45,8 +53,10 @@ def main(
         tau=opened.tau,
         eos_ids=[end for end in (text.eos_id, text.im_end_id) if end is not None],
         temperature=temperature,
+        top_k=top_k,
         top_p=top_p,
         seed=seed,
+        routing=routing,
     )
     typer.echo(text.decode(new))
 

@@ -69,6 +69,20 @@ def test_draws_follow_the_seed(checkpoint: Path) -> None:
     assert draws[0] == draws[1] != draws[2]
 
 
+def test_draws_are_among_the_likeliest(checkpoint: Path) -> None:
+    settings = ("--prompt", "one", "--max-new-tokens", "12")
+    likeliest = run(checkpoint, *settings)
+    assert run(checkpoint, *settings, "--temperature", "5", "--top-k", "1") == likeliest
+    assert run(checkpoint, *settings, "--temperature", "5", "--top-k", "3") != likeliest
+
+
+def test_routing_is_chosen_by_name(checkpoint: Path) -> None:
+    settings = ("--prompt", "one", "--max-new-tokens", "5")
+    assert run(checkpoint, *settings, "--routing", "running") == run(checkpoint, *settings)  # the model is causal
+    run(checkpoint, *settings, "--routing", "frozen")
+    assert CliRunner().invoke(app, ["--checkpoint", "c", "--prompt", "p", "--routing", "guessed"]).exit_code == 2
+
+
 def test_a_prompt_that_does_not_fit_is_refused(checkpoint: Path) -> None:
     with pytest.raises(PolygluError, match="the model takes at most 32"):
         run(checkpoint, "--prompt", "one two three " * 30)

@@ -179,5 +179,7 @@ def _generation_settings(task_settings: dict[str, Any], max_gen_toks: int) -> di
         raise PolygluError(
             f"generation_kwargs '{min(unknown)}' is not supported; known are {', '.join(sorted(GENERATION_KEYS))}."
         )
+    if settings["max_gen_toks"] < 1:
+        raise PolygluError(f"max_gen_toks is {settings['max_gen_toks']}; a task that generates needs at least 1.")
     settings["until"] = [stop for stop in settings["until"] if stop]
     return {"temperature": 0.0, "top_p": 1.0, **settings}

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from polyglu.evaluation.progress import tracked
 from polyglu.model.architecture import PolychromaticLM
-from polyglu.model.generation import MAX_TOKENS, groups_of_tokens, pack_rows
+from polyglu.model.generation import MAX_TOKENS, groups_of_tokens
+from polyglu.model.packing import pack_rows
 
 HEAD_POSITIONS = 1024
 """Positions that go through the head together, which bounds the memory of the logits ``[positions, V]``."""

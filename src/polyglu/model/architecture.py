@@ -81,12 +81,16 @@ class GroupedQueryAttention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.eps)
         self.k_norm = RMSNorm(config.head_dim, config.eps)
 
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """``[B, T, D]`` -> queries ``[B, T, H, d]``, keys and values ``[B, T, G, d]``, as attention takes them."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = rotate(self.q_norm(self.q_proj(x).view(heads)), *rope)
+        k = rotate(self.k_norm(self.k_proj(x).view(heads)), *rope)
+        return q, k, self.v_proj(x).view(heads)
+
     def forward(self, x: Tensor, packing: Packing, rope: tuple[Tensor, Tensor]) -> Tensor:
         """``[B, T, D]`` -> ``[B, T, D]``."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).view(heads)), *rope)  # [B, T, H, d]
-        k = rotate(self.k_norm(self.k_proj(x).view(heads)), *rope)  # [B, T, G, d]
-        v = self.v_proj(x).view(heads)  # [B, T, G, d]
+        q, k, v = self.project(x, rope)
         return self.o_proj(attention(q, k, v, packing, self.use_flash).flatten(2))  # type: ignore[no-any-return]
 
 

@@ -128,9 +128,14 @@ class PolyGLU(nn.Module):
             ``[B, 1, D]``, and the state with this position.
         """
         state = state.add(self.router.project(x[:, 0]))
+        return self.routed_by(x, state, tau), state
+
+    def routed_by(self, x: Tensor, state: RoutingState, tau: float | Tensor) -> Tensor:
+        """``[B, 1, D]`` -> ``[B, 1, D]`` with the routing mean of a state."""
         with torch.autocast(x.device.type, enabled=False):
-            token_logits = self.beta.float() * self.router.logits(state.mean)[:, None]  # [B, 1, K]
-        return self.combine(x, token_logits, tau, None), state
+            token_logits = self.beta.float() * self.router.logits(state.mean)[None]  # [1, B, K]
+        # Rows stand side by side like positions: the neurons' part of the softmax is made once for all.
+        return self.combine(x.transpose(0, 1), token_logits, tau, None).transpose(0, 1)
 
 
 class GLU(nn.Module):

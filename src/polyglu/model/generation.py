@@ -1,29 +1,35 @@
-"""Continuing prompts. Rows of different lengths are packed, never padded: a row's result is that of running it alone.
+"""Continuing prompts. A row's result is that of running it alone, whatever else runs beside it.
 
-prompts ──► active rows ──► groups of bounded size ──► packed [1, N] ──► logits of each row's last position
-                ▲                                                                    │
-                └───────── unfinished rows, one token longer ◄──── choose a token ◄──┘
+waiting prompts ──► groups of bounded size ──► packed into free slots ──► logits of each prompt's last position
+                                                                              │
+ended rows free their slots ◄── choose a token ◄──────────────────────────────┤
+        │                                                                     │
+        └── the others: one token each, side by side ──► cache ──► logits ────┘
 """
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from polyglu.model.architecture import PolychromaticLM
+from polyglu.model.cache import Cache, slots_within
+from polyglu.model.packing import pack_rows
 
 MAX_TOKENS = 16384
 """Tokens of one forward pass, which bounds its memory."""
+CACHE_BYTES = 2 * 2**30
+"""Of keys and values. Prompts wait where more rows would not fit; one row always runs."""
 
 StopRule = Callable[[list[int]], bool]
 """Told the new tokens of a row so far; true ends the row."""
-
-
-def pack_rows(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Put documents behind each other: input ids ``[1, N]``, and their bounds ``[documents + 1]`` on the CPU."""
-    bounds = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0).to(torch.int32)
-    flat = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
-    return flat[None].to(device), bounds
+Routing = Literal["exact", "frozen", "running"]
+"""What routes a new token. exact: what training did; under ``document`` scope, where every token moves the routing of
+all positions, the whole row runs again for each. frozen: the prompt's mean. running: the mean up to the token, as under
+``causal`` scope. The last two approximate ``document`` scope with the cost of the cache (``deviation``)."""
 
 
 def groups_of_tokens(lengths: Sequence[int], max_tokens: int, max_rows: int | None = None) -> Iterator[slice]:
@@ -47,8 +53,7 @@ def next_token_logits(
     Raises:
         ValueError: the model's routing scope is ``sequence``, under which packed rows would see each other.
     """
-    if model.config.routing_scope == "sequence":
-        raise ValueError("packed rows need routing scope 'document' or 'causal'; open the model for inference")
+    _check_scope(model)
     device = model.embed_tokens.weight.device
     logits = []
     for group in groups_of_tokens([len(row) for row in rows], max_tokens):
@@ -58,6 +63,59 @@ def next_token_logits(
     return torch.cat(logits)
 
 
+@dataclass
+class _Row:
+    """A prompt and what became of it."""
+
+    prompt: Sequence[int]
+    generator: torch.Generator
+    new: list[int] = field(default_factory=list)
+
+
+class Decoder(Protocol):
+    """Rows in slots; those in use are 0 to n - 1 when ``step`` is called."""
+
+    slots: int
+
+    def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
+        """Logits ``[prompts, V]`` of the token after each."""
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Logits ``[n, V]`` of the token after these."""
+
+    def free(self, slot: int) -> None:
+        """Forget a row."""
+
+    def move(self, source: int, target: int) -> None:
+        """Give a row a free slot, and free its own."""
+
+
+class _WholeRows:
+    """Every position of a row again for each token, where each token changes all of them."""
+
+    def __init__(self, model: PolychromaticLM, tau: float, slots: int, max_tokens: int) -> None:
+        self.model, self.tau, self.slots, self.max_tokens = model, tau, slots, max_tokens
+        self.rows: list[list[int]] = [[] for _ in range(slots)]
+
+    def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
+        for slot, prompt in zip(slots, prompts, strict=True):
+            self.rows[slot] = list(prompt)
+        return next_token_logits(self.model, prompts, self.tau, self.max_tokens)
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        rows = self.rows[: len(tokens)]
+        for row, token in zip(rows, tokens, strict=True):
+            row.append(token)
+        return next_token_logits(self.model, rows, self.tau, self.max_tokens)
+
+    def free(self, slot: int) -> None:
+        self.rows[slot] = []
+
+    def move(self, source: int, target: int) -> None:
+        self.rows[target], self.rows[source] = self.rows[source], []
+
+
+@torch.inference_mode()
 def generate(
     model: PolychromaticLM,
     prompts: Sequence[Sequence[int]],
@@ -67,64 +125,129 @@ def generate(
     eos_ids: Collection[int],
     stop: StopRule | None = None,
     temperature: float = 0.0,
+    top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    routing: Routing = "exact",
     max_tokens: int = MAX_TOKENS,
+    cache_bytes: int = CACHE_BYTES,
 ) -> list[list[int]]:
     """Continue each prompt until an end token, the stop rule, ``max_new_tokens`` or the model's ``seq_length``.
 
-    A row's result depends on neither the other rows nor their number: each row draws from a generator of its own.
+    A row's result depends on neither the other rows nor their number: each row draws from a generator of its own. A row
+    that ends gives its place to the next prompt at once.
 
     Args:
-        model: with routing scope ``document`` or ``causal``.
+        model: with routing scope ``document`` or ``causal``, or without routing.
         prompts: token ids, at least one each and at most ``seq_length``.
-        max_new_tokens: most tokens added to a prompt.
+        max_new_tokens: most tokens added to a prompt, at least one.
         tau: routing temperature, the checkpoint's.
         eos_ids: tokens that end a row; they are not part of the result.
         stop: asked after each new token; the token that fulfils it is part of the result.
         temperature: 0 takes the likeliest token, else tokens are drawn from softmax(logits / temperature).
-        top_p: draw only among the likeliest tokens that together have at least this probability.
+        top_k: draw only among this many of the likeliest tokens; 0: among all.
+        top_p: draw only among the likeliest of these that together have at least this probability.
         seed: of the draws; row i draws from ``seed + i``.
+        routing: of new tokens; anything but ``exact`` is an approximation, unless the model is ``causal`` and this
+            is ``running``.
         max_tokens: tokens of one forward pass.
+        cache_bytes: of keys and values, which bounds the rows that run together.
 
     Returns:
         The new tokens of each row, in the order of the prompts.
 
     Raises:
-        ValueError: an empty prompt, or one longer than the model's ``seq_length``.
+        ValueError: no new tokens are asked for, an empty prompt, one longer than the model's ``seq_length``, or a
+            routing scope under which packed rows would see each other.
     """
+    check_prompts(model, prompts, max_new_tokens)
+    longest = max((len(prompt) for prompt in prompts), default=1) + max_new_tokens - 1  # the last token is not read
+    longest = min(longest, model.config.seq_length)
+    decoder = open_decoder(model, len(prompts), tau, longest, routing, max_tokens, cache_bytes)
+    rows = [_Row(prompt, torch.Generator().manual_seed(seed + index)) for index, prompt in enumerate(prompts)]
+
+    def goes_on(row: _Row, token: int) -> bool:
+        if token in eos_ids:
+            return False
+        row.new.append(token)
+        ended = len(row.new) == max_new_tokens or len(row.prompt) + len(row.new) > model.config.seq_length
+        return not ended and not (stop is not None and stop(row.new))
+
+    waiting, running = deque(rows), dict[int, _Row]()  # slot -> row
+    while waiting or running:
+        free = [slot for slot in range(decoder.slots) if slot not in running] if waiting else []
+        if free:
+            lengths = [len(row.prompt) for row, _ in zip(waiting, free, strict=False)]
+            group = next(groups_of_tokens(lengths, max_tokens))
+            slots = free[group]
+            running |= {slot: waiting.popleft() for slot in slots}
+            logits = decoder.prefill([running[slot].prompt for slot in slots], slots)
+        else:
+            _close_gaps(decoder, running)
+            slots = list(range(len(running)))
+            logits = decoder.step([running[slot].new[-1] for slot in slots])
+        tokens = choose_tokens(logits, [running[slot].generator for slot in slots], temperature, top_p, top_k)
+        for slot, token in zip(slots, tokens, strict=True):
+            if not goes_on(running[slot], token):
+                del running[slot]
+                decoder.free(slot)
+    return [row.new for row in rows]
+
+
+def _check_scope(model: PolychromaticLM) -> None:
+    if model.config.ffn == "polyglu" and model.config.routing_scope == "sequence":
+        raise ValueError("packed rows need routing scope 'document' or 'causal'; open the model for inference")
+
+
+def check_prompts(model: PolychromaticLM, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Refuse what ``generate`` cannot continue, with a ValueError."""
     limit = model.config.seq_length
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
     for index, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= limit:
             raise ValueError(f"prompt {index} has {len(prompt)} tokens; expected 1 to {limit}, the model's seq_length")
-    generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
-    new: list[list[int]] = [[] for _ in prompts]
-    active = list(range(len(prompts)))
-    for _ in range(max_new_tokens):
-        active = [row for row in active if len(prompts[row]) + len(new[row]) <= limit]
-        if not active:
-            break
-        rows = [[*prompts[row], *new[row]] for row in active]
-        logits = next_token_logits(model, rows, tau, max_tokens)
-        tokens = choose_tokens(logits, [generators[row] for row in active], temperature, top_p)
-        unfinished = []
-        for row, token in zip(active, tokens, strict=True):
-            if token in eos_ids:
-                continue
-            new[row].append(token)
-            if stop is None or not stop(new[row]):
-                unfinished.append(row)
-        active = unfinished
-    return new
+
+
+def open_decoder(
+    model: PolychromaticLM,
+    rows: int,
+    tau: float,
+    longest: int,
+    routing: Routing,
+    max_tokens: int,
+    cache_bytes: int = CACHE_BYTES,
+) -> Decoder:
+    """What serves a model under a routing: the cache wherever a token leaves the positions before it as they are."""
+    _check_scope(model)
+    if model.config.ffn == "polyglu" and model.config.routing_scope == "document" and routing == "exact":
+        return _WholeRows(model, tau, rows, max_tokens)
+    slots = max(1, min(rows, max_tokens, slots_within(model, cache_bytes, longest)))
+    return Cache(model, tau, slots, longest, frozen=routing == "frozen")
+
+
+def _close_gaps(decoder: Decoder, running: dict[int, _Row]) -> None:
+    """Move the last rows into the gaps before them, so that the slots in use are the first ones."""
+    n = len(running)
+    gaps = (slot for slot in range(n) if slot not in running)
+    for source, target in zip([slot for slot in running if slot >= n], gaps, strict=True):
+        decoder.move(source, target)
+        running[target] = running.pop(source)
 
 
 def choose_tokens(
-    logits: Tensor, generators: Sequence[torch.Generator], temperature: float = 0.0, top_p: float = 1.0
+    logits: Tensor,
+    generators: Sequence[torch.Generator],
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
 ) -> list[int]:
     """Choose one token a row from ``[rows, V]``; arguments as in ``generate``."""
     if temperature == 0:
         return logits.argmax(-1).tolist()
-    probabilities, order = torch.softmax(logits.cpu().double() / temperature, -1).sort(descending=True, stable=True)
+    kept = min(top_k, logits.shape[-1]) or logits.shape[-1]
+    likeliest, order = logits.cpu().double().topk(kept)  # in falling order
+    probabilities = torch.softmax(likeliest / temperature, -1)
     unlikely = probabilities.cumsum(-1) - probabilities >= top_p  # the likelier ones have top_p without them
     unlikely[:, 0] = False
     probabilities[unlikely] = 0

@@ -4,6 +4,7 @@ row 0: [ a a a a | b b ]      cu_seqlens over the flattened rows: 0 4 6 | 6+3 ..
 row 1: [ c c c | d d d ]      lengths: [4, 2, 3, 3]      positions: 0 1 2 3 0 1 0 1 2 0 1 2
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -85,6 +86,13 @@ class Packing:
         earlier = self.before.to(x.dtype) @ inside[:, :, -1]  # [B, T, R]
         total = inside.flatten(1, 2)[:, :columns] + earlier
         return total / (self.positions.view(rows, columns, 1) + 1)
+
+
+def pack_rows(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Put documents behind each other: input ids ``[1, N]``, and their bounds ``[documents + 1]`` on the CPU."""
+    bounds = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0).to(torch.int32)
+    flat = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
+    return flat[None].to(device), bounds
 
 
 def _masks(positions: Tensor) -> tuple[Tensor, Tensor]:

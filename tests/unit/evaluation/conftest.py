@@ -12,8 +12,8 @@ from polyglu.data.chat import encode_conversations
 from polyglu.data.tokenizer import Tokenizer, train_bpe
 from polyglu.inference import Inference, open_for_inference
 from polyglu.model.config import ModelConfig
-from polyglu.model.generation import pack_rows
 from polyglu.model.model import create_model, save_portable
+from polyglu.model.packing import pack_rows
 
 SUMS = [(3, 4), (12, 9), (7, 7), (20, 15), (6, 31)]
 TAU = 0.6

@@ -134,6 +134,11 @@ def test_unknown_generation_settings_are_refused(opened: Inference) -> None:
         harness(opened).generate_until(instances("generate_until", [("a", {"until": [], "num_beams": 4})]))
 
 
+def test_no_room_for_an_answer_is_refused(opened: Inference) -> None:
+    with pytest.raises(PolygluError, match="max_gen_toks is 0"):
+        harness(opened).generate_until(instances("generate_until", [("a", {"until": [], "max_gen_toks": 0})]))
+
+
 @pytest.mark.parametrize("stop", ["####", "\n#", "estion", "swer: 7\n", "é", "日本"])
 def test_stop_strings_are_found_across_token_borders(opened: Inference, stop: str) -> None:
     text = "Question: 3 + 4 =\nAnswer: 7\n#### 7 née 日本語"

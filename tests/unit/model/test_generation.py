@@ -1,27 +1,21 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import SHAPE, sharp_model
 
 from polyglu.model.architecture import PolychromaticLM
-from polyglu.model.config import ModelConfig
+from polyglu.model.config import FeedForward
 from polyglu.model.generation import choose_tokens, generate, groups_of_tokens, next_token_logits
-from polyglu.model.model import create_model
 
 TAU = 0.3
-SHAPE = {"vocab_size": 50, "d_model": 16, "d_ff": 24, "n_layers": 2, "n_q_heads": 2, "n_kv_heads": 1, "head_dim": 8}
 PROMPTS = [[3, 1, 4, 1, 5], [17], [2, 6, 5, 3, 5, 8, 9, 7, 9], [33, 20], [7, 40, 1]]
 
 
-def make_model(scope: str, seq_length: int = 32) -> PolychromaticLM:
-    model = create_model(ModelConfig(**SHAPE, seq_length=seq_length, routing_scope=scope), seed=3).eval()
-    with torch.no_grad():  # larger weights and preferences: routing and attention matter, and no two logits are near
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(5 if name.startswith("embed") else 30)
-            if name.endswith("alpha"):
-                parameter.normal_(generator=torch.Generator().manual_seed(1))
-    return model
+def make_model(scope: str, seq_length: int = 32, ffn: FeedForward = "polyglu") -> PolychromaticLM:
+    return sharp_model(seq_length=seq_length, routing_scope=scope, ffn=ffn)
 
 
 def continue_alone(model: PolychromaticLM, prompt: list[int], n: int) -> list[int]:
@@ -33,14 +27,18 @@ def continue_alone(model: PolychromaticLM, prompt: list[int], n: int) -> list[in
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("scope", ["causal", "document"])
-def test_a_batch_of_any_lengths_equals_the_plain_loop(scope: str) -> None:
-    model = make_model(scope)
+@pytest.mark.parametrize(
+    ("scope", "ffn"), [("causal", "polyglu"), ("document", "polyglu"), ("causal", "swiglu"), ("sequence", "geglu")]
+)
+def test_a_batch_of_any_lengths_equals_the_plain_loop(scope: str, ffn: FeedForward) -> None:
+    model = make_model(scope, ffn=ffn)
     expected = [continue_alone(model, prompt, 8) for prompt in PROMPTS]
     assert len({tuple(row) for row in expected}) == len(PROMPTS)
     for max_tokens in (1, 12, 10_000):
         found = generate(model, PROMPTS, max_new_tokens=8, tau=TAU, eos_ids=(), max_tokens=max_tokens)
         assert found == expected
+    one_slot = generate(model, PROMPTS, max_new_tokens=8, tau=TAU, eos_ids=(), cache_bytes=1)
+    assert one_slot == expected
 
 
 def test_draws_do_not_depend_on_the_other_rows() -> None:
@@ -50,6 +48,7 @@ def test_draws_do_not_depend_on_the_other_rows() -> None:
     alone = [generate(model, [prompt], seed=7 + row, **settings)[0] for row, prompt in enumerate(PROMPTS)]
     assert together == alone
     assert together == generate(model, PROMPTS, seed=7, **settings)
+    assert together == generate(model, PROMPTS, seed=7, max_tokens=9, **settings)
     assert together != generate(model, PROMPTS, seed=8, **settings)
 
 
@@ -80,6 +79,59 @@ def test_finished_rows_are_not_run_again_and_a_forward_pass_is_bounded() -> None
     assert max(sizes) <= 14
 
 
+def passes(model: PolychromaticLM, **settings: Any) -> list[int]:
+    """Tokens of each forward pass of a generation."""
+    sizes: list[int] = []
+    hook = model.embed_tokens.register_forward_hook(lambda _module, inputs, _output: sizes.append(inputs[0].numel()))
+    generate(model, PROMPTS, max_new_tokens=4, tau=TAU, eos_ids=(), **settings)
+    hook.remove()
+    return sizes
+
+
+def test_each_new_token_is_one_position_of_work() -> None:
+    assert passes(make_model("causal")) == [20, 5, 5, 5]
+    assert passes(make_model("document")) == [20, 25, 30, 35]  # each token changes the routing of its row
+    assert passes(make_model("document"), routing="frozen") == passes(make_model("document"), routing="running")
+    assert passes(make_model("document"), routing="running") == [20, 5, 5, 5]
+    assert passes(make_model("document", ffn="swiglu")) == [20, 5, 5, 5]
+
+
+def test_a_row_that_ends_gives_its_slot_to_the_next_prompt_at_once() -> None:
+    model = make_model("causal")
+    of_slot = 2 * SHAPE["n_layers"] * SHAPE["n_kv_heads"] * SHAPE["head_dim"] * 4 * (9 + 4 - 1)
+    # Two slots, prompts of 5, 1, 9, 2 and 3 tokens; the second row ends after two tokens, all others after four.
+    free = generate(model, PROMPTS, max_new_tokens=4, tau=TAU, eos_ids=())
+
+    def stop(new: list[int]) -> bool:
+        return new == free[1][:2]
+
+    assert not any(stop(row[:2]) for row in (free[0], *free[2:]))
+    assert passes(model, cache_bytes=2 * of_slot, stop=stop) == [6, 2, 9, 2, 2, 2, 2, 3, 2, 2, 1]
+
+
+def test_approximate_routing_is_a_choice_by_name() -> None:
+    model = make_model("document")
+    settings = {"max_new_tokens": 8, "tau": TAU, "eos_ids": ()}
+    exact, frozen, running = (generate(model, PROMPTS, routing=r, **settings) for r in ("exact", "frozen", "running"))
+    assert exact == generate(model, PROMPTS, **settings)
+    assert [row[0] for row in exact] == [row[0] for row in frozen] == [row[0] for row in running]
+    assert exact != frozen and exact != running and frozen != running
+    causal = make_model("causal")
+    assert generate(causal, PROMPTS, **settings) == generate(causal, PROMPTS, routing="running", **settings)
+
+
+def test_sequence_scope_cannot_be_packed_by_any_routing() -> None:
+    for routing in ("exact", "frozen", "running"):
+        with pytest.raises(ValueError, match="scope"):
+            generate(make_model("sequence"), PROMPTS, max_new_tokens=1, tau=TAU, eos_ids=(), routing=routing)
+
+
+def test_nothing_to_do() -> None:
+    assert generate(make_model("causal"), [], max_new_tokens=1, tau=TAU, eos_ids=()) == []
+    with pytest.raises(ValueError, match="max_new_tokens is 0; expected at least 1"):
+        generate(make_model("causal"), PROMPTS, max_new_tokens=0, tau=TAU, eos_ids=())
+
+
 def test_rows_end_at_seq_length() -> None:
     model = make_model("causal", seq_length=10)
     found = generate(model, PROMPTS, max_new_tokens=100, tau=TAU, eos_ids=())
@@ -107,6 +159,13 @@ def test_draws_follow_the_probabilities_and_top_p() -> None:
     assert torch.allclose(shares, torch.tensor([0.625, 0.375, 0.0, 0.0]), atol=0.03)
     assert set(choose_tokens(logits, generators, 1.0, 0.0)) == {0}
     assert set(choose_tokens(logits, generators, 0.0)) == {0}
+    shares = torch.bincount(torch.tensor(choose_tokens(logits, generators, 1.0, top_k=2)), minlength=4) / 4000
+    assert torch.allclose(shares, torch.tensor([0.625, 0.375, 0.0, 0.0]), atol=0.03)
+    assert set(choose_tokens(logits, generators, 1.0, top_k=1)) == {0}
+    # Of the two likeliest, the first alone has 0.6 of their mass.
+    assert set(choose_tokens(logits, generators, 1.0, 0.6, top_k=2)) == {0}
+    fresh = [[torch.Generator().manual_seed(row) for row in range(4000)] for _ in range(2)]
+    assert choose_tokens(logits, fresh[0], 1.0, top_k=99) == choose_tokens(logits, fresh[1], 1.0)
 
 
 @given(

@@ -1,0 +1,181 @@
+"""What decoding remembers of its rows: keys, values and routing means, so that a new token is one position of work.
+
+A row holds a slot. Prompts are packed for their first pass, never padded; then each pass takes one token of each row,
+side by side as the columns of ``[1, n, D]``. The rows in use are slots 0 to n - 1, so that they are views of the cache.
+
+Shapes as in ``architecture``; P is the longest row, in positions.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from polyglu.model.architecture import Block, PolychromaticLM
+from polyglu.model.feed_forward import GLU, ROUTER_WIDTH, PolyGLU
+from polyglu.model.flash_attention import attention
+from polyglu.model.packing import Packing, pack_rows
+from polyglu.model.routing import RoutingState
+
+
+class Cache:
+    """Keys, values and routing of up to ``slots`` rows of up to ``longest`` positions.
+
+    Args:
+        model: with routing scope ``document`` or ``causal``, or without routing.
+        tau: routing temperature.
+        slots: rows at a time.
+        longest: positions of a row.
+        frozen: the routing mean stays the prompt's; else new tokens enter it.
+    """
+
+    def __init__(self, model: PolychromaticLM, tau: float, slots: int, longest: int, frozen: bool = False) -> None:
+        self.model, self.tau, self.slots, self.frozen = model, tau, slots, frozen
+        config, device = model.config, model.embed_tokens.weight.device
+        shape = config.n_layers, slots, longest, config.n_kv_heads, config.head_dim
+        dtype = compute_dtype(model)
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.totals = torch.zeros(config.n_layers, slots, ROUTER_WIDTH, device=device)
+        self.counts = torch.ones(slots, device=device)
+        self.positions = torch.zeros(slots, dtype=torch.int64, device=device)
+        """Of the next token of each row, ``[slots]``; ``lengths`` are the same, on the host."""
+        self.lengths = [0] * slots
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
+        """Read prompts into free slots.
+
+        Args:
+            prompts: token ids.
+            slots: of each prompt.
+
+        Returns:
+            Logits ``[prompts, V]`` of the token after each prompt.
+        """
+        device = self.keys.device
+        input_ids, cu_seqlens = pack_rows(prompts, device)
+        packing = Packing.of(input_ids.shape, cu_seqlens, device)
+        places, lengths = torch.tensor([slots, packing.lengths], device=device)
+        visit = _Prompts(self, packing, places, places.repeat_interleave(lengths))
+        features = self._features(input_ids, packing.positions, visit)
+        self.positions[places], self.counts[places] = lengths, lengths.float()
+        for slot, length in zip(slots, packing.lengths, strict=True):
+            self.lengths[slot] = length
+        return self.model.head(features[0, cu_seqlens[1:].long() - 1]).float()
+
+    @torch.inference_mode()
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Append one token to each of the rows in slots 0 to n - 1; logits ``[n, V]`` of the token after it."""
+        n = len(tokens)
+        positions, lengths = self.positions[:n], [length + 1 for length in self.lengths[:n]]
+        input_ids = torch.tensor([tokens], device=positions.device)
+        features = self._features(input_ids, positions, _Tokens(self, positions, lengths))
+        self.lengths[:n] = lengths
+        positions += 1
+        if not self.frozen:
+            self.counts[:n] += 1
+        return self.model.head(features[0]).float()
+
+    def move(self, source: int, target: int) -> None:
+        """Give the row of one slot another slot, which is free."""
+        length = self.lengths[source]
+        for kept in (self.keys, self.values):
+            kept[:, target, :length] = kept[:, source, :length]
+        self.totals[:, target] = self.totals[:, source]
+        self.counts[target], self.positions[target] = self.counts[source], self.positions[source]
+        self.lengths[target] = length
+        self.free(source)
+
+    def free(self, slot: int) -> None:
+        """Forget a row: what it leaves, a NaN say, would reach others through keys of weight zero."""
+        for kept in (self.keys, self.values):
+            kept[:, slot, : self.lengths[slot]] = 0
+        self.lengths[slot] = 0
+
+    def _features(self, input_ids: Tensor, positions: Tensor, visit: "_Visit") -> Tensor:
+        """Normalised features ``[1, N, D]``: the model's own parts in its own order."""
+        model = self.model
+        rope = model.rope(positions[None])
+        x = model.embed_tokens(input_ids)
+        for layer, block in enumerate(model.layers):
+            assert isinstance(block, Block)
+            q, k, v = block.self_attn.project(block.input_layernorm(x), rope)
+            x = x + block.self_attn.o_proj(visit.attend(layer, q, k, v))
+            normed, mlp = block.post_attention_layernorm(x), block.mlp
+            x = x + (mlp(normed) if isinstance(mlp, GLU) else visit.route(layer, mlp, normed))
+        return model.norm(x)  # type: ignore[no-any-return]
+
+
+class _Visit(Protocol):
+    """What a pass over the blocks does inside a layer, and what it takes from it into the cache."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``[1, N, H or G, d]`` -> ``[1, N, H * d]``."""
+
+    def route(self, layer: int, mlp: PolyGLU, x: Tensor) -> Tensor:
+        """``[1, N, D]`` -> ``[1, N, D]``."""
+
+
+class _Prompts:
+    """First pass over packed prompts."""
+
+    def __init__(self, cache: Cache, packing: Packing, slots: Tensor, slot_of_token: Tensor) -> None:
+        self.cache, self.packing = cache, packing
+        self.slots, self.slot_of_token = slots, slot_of_token
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        place = self.slot_of_token, self.packing.positions
+        self.cache.keys[layer][place], self.cache.values[layer][place] = k[0], v[0]
+        return attention(q, k, v, self.packing, self.cache.model.config.use_flash_attn).flatten(2)
+
+    def route(self, layer: int, mlp: PolyGLU, x: Tensor) -> Tensor:
+        projected = mlp.router.project(x)
+        with torch.autocast(x.device.type, enabled=False):
+            state = RoutingState.after(projected, self.packing)
+        self.cache.totals[layer, self.slots] = state.total
+        return mlp.combine(x, mlp.token_logits(x, self.packing), self.cache.tau, None)
+
+
+class _Tokens:
+    """One token of each row in slots 0 to n - 1."""
+
+    def __init__(self, cache: Cache, positions: Tensor, lengths: Sequence[int]) -> None:
+        self.cache, self.n, self.longest = cache, len(lengths), max(lengths)
+        self.place = torch.arange(self.n, device=positions.device), positions
+        self.mask = None
+        if min(lengths) < self.longest:
+            later = torch.arange(self.longest, device=positions.device) > positions[:, None]
+            mask = torch.zeros(later.shape, dtype=cache.keys.dtype, device=later.device)
+            self.mask = mask.masked_fill_(later, -torch.inf)[:, None, None]  # [n, 1, 1, longest of them]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys[self.place], values[self.place] = k[0], v[0]
+        keys, values = (kept[: self.n, : self.longest].transpose(1, 2) for kept in (keys, values))  # [n, G, P, d]
+        # The query heads that share a key stand side by side as queries: no key is repeated.
+        query = q.view(self.n, keys.shape[1], -1, keys.shape[3])  # [n, G, H / G, d]
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=self.mask).flatten(1)[None]
+
+    def route(self, layer: int, mlp: PolyGLU, x: Tensor) -> Tensor:
+        state = RoutingState(self.cache.totals[layer, : self.n], self.cache.counts[: self.n])
+        if self.cache.frozen:
+            return mlp.routed_by(x.transpose(0, 1), state, self.cache.tau).transpose(0, 1)
+        y, after = mlp.step(x.transpose(0, 1), state, self.cache.tau)
+        state.total.copy_(after.total)
+        return y.transpose(0, 1)
+
+
+def compute_dtype(model: PolychromaticLM) -> torch.dtype:
+    """Of keys and values: the weights', or autocast's where the caller has entered it."""
+    weight = model.embed_tokens.weight
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def slots_within(model: PolychromaticLM, n_bytes: int, longest: int) -> int:
+    """Rows of ``longest`` positions whose keys and values fit into ``n_bytes``; 1 at least."""
+    config = model.config
+    of_position = 2 * config.n_layers * config.n_kv_heads * config.head_dim * compute_dtype(model).itemsize
+    return max(1, n_bytes // (of_position * longest))

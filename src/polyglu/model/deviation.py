@@ -1,0 +1,63 @@
+"""What an approximate routing of new tokens changes: its logits next to the exact ones, on given rows."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from polyglu.model.architecture import PolychromaticLM
+from polyglu.model.generation import MAX_TOKENS, Routing, check_prompts, next_token_logits, open_decoder
+
+
+class Deviation(NamedTuple):
+    """How far logits under an approximate routing are from the exact ones."""
+
+    largest: float
+    """Absolute difference of a logit."""
+    mean: float
+    """Absolute difference, over all logits."""
+    other_choice: float
+    """Share of positions whose likeliest token is another."""
+    positions: int
+    """That were compared."""
+
+
+@torch.inference_mode()
+def routing_deviation(
+    model: PolychromaticLM,
+    prompts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    *,
+    tau: float,
+    routing: Routing,
+    max_tokens: int = MAX_TOKENS,
+) -> Deviation:
+    """Compare the logits after each token of given continuations with the exact ones, a row at a time.
+
+    The exact side runs a whole row for each position: for samples, not for corpora.
+
+    Args:
+        model: as in ``generate``.
+        prompts: token ids; the approximations are exact up to their ends.
+        continuations: token ids that follow each prompt, at least one each.
+        tau: routing temperature.
+        routing: the approximation.
+        max_tokens: tokens of one forward pass.
+
+    Raises:
+        ValueError: as in ``generate``, for prompts with their continuations.
+    """
+    whole = [[*prompt, *continuation] for prompt, continuation in zip(prompts, continuations, strict=True)]
+    check_prompts(model, [*prompts, *whole], min(map(len, continuations), default=0))
+    largest, total, logits_seen, others, positions = 0.0, 0.0, 0, 0, 0
+    for prompt, row in zip(prompts, whole, strict=True):
+        decoder = open_decoder(model, 1, tau, len(row), routing, max_tokens)
+        decoder.prefill([prompt], [0])
+        found = torch.cat([decoder.step([token]) for token in row[len(prompt) :]])
+        ends = range(len(prompt) + 1, len(row) + 1)
+        exact = next_token_logits(model, [row[:end] for end in ends], tau, max_tokens)
+        difference = (found - exact).abs()
+        largest, total = max(largest, difference.max().item()), total + difference.double().sum().item()
+        others += int((found.argmax(-1) != exact.argmax(-1)).sum())
+        logits_seen, positions = logits_seen + difference.numel(), positions + len(ends)
+    return Deviation(largest, total / logits_seen, others / positions, positions)
