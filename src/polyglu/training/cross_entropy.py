@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from polyglu.data.dataloader import IGNORED
 
 CACHED_LOGITS = 2**17
-"""Logits that a CPU turns into probabilities at a time: 1 MB in fp32 with a copy, which fits a core's cache."""
+"""Logits that a core turns into probabilities at a time: 1 MB in fp32 with a copy, which fits its cache."""
 ROW_ALIGNMENT = 64
 """Rows of the logits start at multiples of it, in bf16 of 128 bytes: an odd vocabulary, as the published one, would
 keep a GPU from its fast matrix products."""
@@ -65,7 +65,7 @@ def softmax_(logits: Tensor, index: Tensor, kept: Tensor) -> Tensor:
 
 def softmax_in_cache_(logits: Tensor, index: Tensor, kept: Tensor) -> Tensor:
     """``softmax_``, some rows at a time."""
-    rows = max(1, CACHED_LOGITS // logits.shape[1])
+    rows = max(1, CACHED_LOGITS * torch.get_num_threads() // logits.shape[1])
     parts = zip(*(torch.split(tensor, rows) for tensor in (logits, index, kept)), strict=True)
     return torch.cat([softmax_(*part) for part in parts])
 
