@@ -193,8 +193,7 @@ for (const figure of document.querySelectorAll('.routing')) {
       ArrowDown: [token, Math.min(layer + 1, layers - 1)], ArrowUp: [token, Math.max(layer - 1, 0)],
       Home: [0, layer], End: [last, layer],
     };
-    if (moves[key] === undefined) return null;
-    return marked === null ? current : moves[key];
+    return marked === null && key.startsWith('Arrow') ? current : moves[key] ?? null;
   };
   const clear = () => {
     field.hidden = true;
