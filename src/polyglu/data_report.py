@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from polyglu import page
 from polyglu.data.chunks import TOKEN, TokenSource, open_source
 from polyglu.data.inspect import sample_panel
 from polyglu.data.manifest import MANIFEST
@@ -42,6 +41,8 @@ from polyglu.data.verify import byte_progress
 from polyglu.data_page import data_page, data_picture, tables
 from polyglu.errors import PolygluError, run_command
 from polyglu.files import check_writable, write_atomically, write_json, write_text
+from polyglu.page import Table as PageTable
+from polyglu.page import as_cell, render
 
 Report = dict[str, Any]
 
@@ -137,14 +138,14 @@ def _sum(numbers: Iterable[Report]) -> Report:
     return {**plain, **{part: dict(counts) for part, counts in parts.items()}, "histogram": histogram}
 
 
-def _console_table(table: page.Table) -> Table:
+def _console_table(table: PageTable) -> Table:
     """A page's table as text."""
     shown = Table(title=table.caption, title_justify="left")
     for column in table.columns:
         right = column.kind == "number"
         shown.add_column(column.title, justify="right" if right else "left", overflow="ellipsis" if right else "fold")
     for row in table.rows:
-        shown.add_row(*(page.as_cell(*cell).text for cell in zip(table.columns, row, strict=True)))
+        shown.add_row(*(as_cell(*cell).text for cell in zip(table.columns, row, strict=True)))
     return shown
 
 
@@ -199,7 +200,7 @@ def main(
     write_json(place / "report.json", report)
     picture = data_picture(report)
     write_atomically(place / "report.png", lambda file: file.write(picture.png))
-    write_text(place / "report.html", page.render(data_page(report, picture)))
+    write_text(place / "report.html", render(data_page(report, picture)))
     console = Console()
     _show(console, report)
     console.print(Text(f"written: {', '.join(str(place / f'report.{kind}') for kind in ('json', 'png', 'html'))}"))
