@@ -4,7 +4,6 @@ requests ──► token ids ──► sorted by length ──► packed batches
 """
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -12,12 +11,13 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import Collator, normalize_gen_kwargs
 
 from polyglu.data.chat import render_prompt
+from polyglu.data.stopping import cut_at, stop_rule
 from polyglu.data.tokenizer import Tokenizer
 from polyglu.errors import PolygluError
 from polyglu.evaluation.progress import tracked
 from polyglu.evaluation.scoring import Request, rolling_requests, score
 from polyglu.model.architecture import PolychromaticLM
-from polyglu.model.generation import StopRule, generate
+from polyglu.model.generation import generate
 
 GENERATION_KEYS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
 
@@ -151,25 +151,6 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def _report_cut(self, cut: int, total: int) -> None:
         if cut:
             logger.warning("%d of %d prompts were cut on the left to fit into %d tokens", cut, total, self.max_length)
-
-
-def stop_rule(tokenizer: Tokenizer, stop_strings: Sequence[str]) -> StopRule | None:
-    """Rule that ends a row when its decoded text has a stop string, wherever the borders of its tokens lie."""
-    if not stop_strings:
-        return None
-    # Each token is at least one byte, so a stop string that the newest token completes begins within this many tokens.
-    window = max(len(stop.encode()) for stop in stop_strings)
-
-    def stop(new_tokens: list[int]) -> bool:
-        tail = tokenizer.decode(new_tokens[-window:])
-        return any(stop in tail for stop in stop_strings)
-
-    return stop
-
-
-def cut_at(text: str, stop_strings: Sequence[str]) -> str:
-    """Text before the first stop string."""
-    return text[: min((text.index(stop) for stop in stop_strings if stop in text), default=len(text))]
 
 
 def _generation_settings(task_settings: dict[str, Any], max_gen_toks: int) -> dict[str, Any]:

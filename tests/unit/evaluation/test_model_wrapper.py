@@ -7,7 +7,7 @@ from lm_eval.api.instance import Instance
 
 from polyglu.data.chat import encode_prompt
 from polyglu.errors import PolygluError
-from polyglu.evaluation.model_wrapper import HarnessModel, cut_at, stop_rule
+from polyglu.evaluation.model_wrapper import HarnessModel
 from polyglu.evaluation.scoring import Request, rolling_requests, score
 from polyglu.inference import Inference
 
@@ -137,24 +137,6 @@ def test_unknown_generation_settings_are_refused(opened: Inference) -> None:
 def test_no_room_for_an_answer_is_refused(opened: Inference) -> None:
     with pytest.raises(PolygluError, match="max_gen_toks is 0"):
         harness(opened).generate_until(instances("generate_until", [("a", {"until": [], "max_gen_toks": 0})]))
-
-
-@pytest.mark.parametrize("stop", ["####", "\n#", "estion", "swer: 7\n", "é", "日本"])
-def test_stop_strings_are_found_across_token_borders(opened: Inference, stop: str) -> None:
-    text = "Question: 3 + 4 =\nAnswer: 7\n#### 7 née 日本語"
-    ids = opened.tokenizer.encode(text)
-    rule = stop_rule(opened.tokenizer, ["never this", stop])
-    assert rule is not None
-    fired = [rule(ids[:n]) for n in range(1, len(ids) + 1)]
-    # The rule must fire at the very token that completes the stop string.
-    complete = [stop in opened.tokenizer.decode(ids[:n]) for n in range(1, len(ids) + 1)]
-    assert True in complete and fired.index(True) == complete.index(True)
-
-
-def test_text_is_cut_at_the_first_stop_string() -> None:
-    assert cut_at("a b c", ["c", "b"]) == "a "
-    assert cut_at("a b c", ["x"]) == "a b c"
-    assert cut_at("a", []) == "a"
 
 
 def test_prompts_of_a_batch_run_together(opened: Inference) -> None:
