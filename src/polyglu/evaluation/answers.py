@@ -7,25 +7,61 @@
 | a model's | ``model``: all that its answers depend on (checkpoint, tokenizer, precision, ...); ``of``: hash of that |
 | an answer's | ``of``; ``key``: hash of task, version and the request's own content; ``task``, ``doc``; ``answer`` |
 
-Both have a ``seal``, a hash of the line. A line that was cut off at the end is removed; one that is damaged is told, and
-its answer computed again.
+Both have a ``seal``, a hash of the line. What was cut off at the end is removed; a damaged line is told, and its answer
+computed again.
 """
 
 import fcntl
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import signal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from polyglu.errors import PolygluError
+from polyglu.errors import Interrupted, PolygluError
 from polyglu.files import append_rows, check_writable, flush, seal
+from polyglu.inference import Inference
+from polyglu.model.cache import compute_dtype
 
 SEAL = 16
 """Hexadecimal digits of a line's seal, and of the hash of a model."""
 
 logger = logging.getLogger(__name__)
+
+
+def answers_file(output: Path) -> Path:
+    """Where the answers of a results file are kept."""
+    return output.with_name(f"{output.stem}.answers.jsonl")
+
+
+def identity(opened: Inference, chat: bool) -> dict[str, Any]:
+    """All that an answer depends on beside the question. Not the batch, the number of examples or the device."""
+    return {
+        "checkpoint": opened.sha256,
+        "config": opened.model.config.model_dump(mode="json"),
+        "tau": opened.tau,
+        "tokenizer": opened.tokenizer.fingerprint,
+        "chat": chat,
+        "dtype": str(compute_dtype(opened.model)),
+        "routing": "exact",
+        "polyglu": version("polyglu"),
+    }
+
+
+@contextmanager
+def stoppable(kept: Path) -> Iterator[None]:
+    """Let SIGTERM stop the work where it is, as Ctrl-C does: every answer so far is in the file ``kept``."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"the answers so far are in {kept}; the same command goes on from there.") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Asker(NamedTuple):
@@ -60,6 +96,9 @@ class Answers:
     def add(self, answered: Iterable[tuple[Question, Any]]) -> None:
         """Keep answers, each a JSON value, from now on."""
 
+    def close(self) -> None:
+        """End the keeping."""
+
 
 class KeptAnswers(Answers):
     """Answers of one model in a file, which no other process may use meanwhile.
@@ -93,7 +132,9 @@ class KeptAnswers(Answers):
         found = [self._answers.get(question.key) for question in questions]
         n = sum(answer is not None for answer in found)
         if n:
-            logger.info("%s: %s of %s answers are taken over from %s", description, f"{n:,}", f"{len(found):,}", self.path)
+            logger.info(
+                "%s: %s of %s answers are taken over from %s", description, f"{n:,}", f"{len(found):,}", self.path
+            )
         return found
 
     def add(self, answered: Iterable[tuple[Question, Any]]) -> None:

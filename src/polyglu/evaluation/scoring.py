@@ -46,9 +46,7 @@ class Request(NamedTuple):
         return Question(self.asker, {"input_ids": self.input_ids, "targets": self.targets})
 
 
-def rolling_requests(
-    tokens: list[int], prefix_id: int, max_length: int, asker: Asker = NOBODY
-) -> list[Request]:
+def rolling_requests(tokens: list[int], prefix_id: int, max_length: int, asker: Asker = NOBODY) -> list[Request]:
     """Windows that together predict each token of a text once, the first one after ``prefix_id``."""
     windows = get_rolling_token_windows(tokens, prefix_token=prefix_id, max_seq_len=max_length, context_len=1)
     return [Request.of(context, targets, max_length, asker) for context, targets in map(make_disjoint_window, windows)]
@@ -120,9 +118,7 @@ def score(
     return [found for found in scores if found is not None]
 
 
-def _batches(
-    requests: Sequence[Request], share: bool, max_tokens: int, max_rows: int | None
-) -> Iterator[Batch]:
+def _batches(requests: Sequence[Request], share: bool, max_tokens: int, max_rows: int | None) -> Iterator[Batch]:
     members: dict[tuple[int, ...], list[int]] = {}
     for index, request in enumerate(requests):
         members.setdefault(request.input_ids, []).append(index)
@@ -131,9 +127,7 @@ def _batches(
         yield Batch(rows[group], [members[row] for row in rows[group]])
 
 
-def _score_batch(
-    model: PolychromaticLM, batch: Batch, requests: Sequence[Request], tau: float
-) -> list[Score]:
+def _score_batch(model: PolychromaticLM, batch: Batch, requests: Sequence[Request], tau: float) -> list[Score]:
     """Scores of ``batch.requests``, in that order."""
     tree = PrefixTree(batch.rows, shares_prefixes(model), model.embed_tokens.weight.device)
     features = tree.features(model, tau)  # [N, D]
