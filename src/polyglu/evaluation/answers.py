@@ -124,9 +124,6 @@ class KeptAnswers(Answers):
         if not any(row["of"] == self._of for row in rows):
             self._append([{"of": self._of, "model": dict(model)}])
 
-    def __len__(self) -> int:
-        return len(self._answers)
-
     def known(self, questions: Sequence[Question], description: str) -> list[Any]:
         """The answer to each question, None where there is none yet; told how many there are."""
         found = [self._answers.get(question.key) for question in questions]

@@ -241,9 +241,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             cut += [asker] * (len(ids) > room)
             content = {"prompt_ids": ids[-room:], **settings._asdict()}
             if settings.temperature > 0:  # asked again, an answer is drawn anew
-                plain = Question(asker, content)
-                content |= {"seed": self._seed, "draw": asked[plain.key]}
-                asked[plain.key] += 1
+                asked.update([key := Question(asker, content).key])
+                content |= {"seed": self._seed, "draw": asked[key]}
             yield Prompt(ids[-room:], settings, Question(asker, content))
         self._report_cut(cut, len(requests))
 
