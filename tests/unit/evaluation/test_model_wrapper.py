@@ -127,24 +127,21 @@ def test_greedy_repeats_run_once(opened: Inference) -> None:
 
 
 def test_where_an_answer_ends_the_next_begins(opened: Inference) -> None:
-    """All prompts with the same settings are one stream: no batch waits for its slowest answer."""
+    """All prompts with the same settings are one stream: none waits for the slowest of a batch."""
     passes: list[int] = []
     hook = opened.model.embed_tokens.register_forward_hook(lambda *_: passes.append(1))
-    short, long = "Question: 3 + 4 =\nAnswer: 7\n#### ", "Question: 12 + 9 =\nAnswer:"
-    requests = instances("generate_until", [(prompt, {"until": [], "max_gen_toks": 30}) for prompt in (long, short)])
+    # Tokens are drawn nearly at random, and common letters end an answer: their lengths differ much.
+    settings = {"until": ["e", "a"], "max_gen_toks": 32, "do_sample": True, "temperature": 100.0}
+    requests = instances("generate_until", [("Quest " * n, settings) for n in range(12, 0, -1)])
     alone = []
     for request in requests:
         passes.clear()
         harness(opened).generate_until([request])
         alone.append(len(passes))
-    assert alone[0] > alone[1]
-    more = ["Question: 20 + 15 =\nAnswer: 35\n#### ", "Question: 7 + 7 =\nAnswer: 14\n#### "]
-    settings = requests[0].args[1]
     passes.clear()
-    harness(opened, 2).generate_until([*requests, *instances("generate_until", [(one, settings) for one in more])])
+    harness(opened, 2).generate_until(requests)
     hook.remove()
-    batches_of_two = alone[0] + min(alone[1:])
-    assert len(passes) < batches_of_two + len(more)
+    assert len(passes) < sum(map(max, zip(alone[::2], alone[1::2], strict=True)))
 
 
 def test_chat_prompts_carry_the_special_tokens(opened: Inference) -> None:
