@@ -59,7 +59,7 @@ class Cache:
         packing = Packing.of(input_ids.shape, cu_seqlens, device)
         places, lengths = torch.tensor([slots, packing.lengths], device=device)
         visit = _Prompts(self, packing, places, places.repeat_interleave(lengths))
-        features = self._features(input_ids, packing.positions, visit)
+        features = features_by(self.model, input_ids, packing.positions, visit)
         self.positions[places], self.counts[places] = lengths, lengths.float()
         for slot, length in zip(slots, packing.lengths, strict=True):
             self.lengths[slot] = length
@@ -71,7 +71,7 @@ class Cache:
         n = len(tokens)
         positions, lengths = self.positions[:n], [length + 1 for length in self.lengths[:n]]
         input_ids = torch.tensor([tokens], device=positions.device)
-        features = self._features(input_ids, positions, _Tokens(self, positions, lengths))
+        features = features_by(self.model, input_ids, positions, _Tokens(self, positions, lengths))
         self.lengths[:n] = lengths
         positions += 1
         if not self.frozen:
@@ -94,28 +94,28 @@ class Cache:
             kept[:, slot, : self.lengths[slot]] = 0
         self.lengths[slot] = 0
 
-    def _features(self, input_ids: Tensor, positions: Tensor, visit: "_Visit") -> Tensor:
-        """Normalised features ``[1, N, D]``: the model's own parts in its own order."""
-        model = self.model
-        rope = model.rope(positions[None])
-        x = model.embed_tokens(input_ids)
-        for layer, block in enumerate(model.layers):
-            assert isinstance(block, Block)
-            q, k, v = block.self_attn.project(block.input_layernorm(x), rope)
-            x = x + block.self_attn.o_proj(visit.attend(layer, q, k, v))
-            normed, mlp = block.post_attention_layernorm(x), block.mlp
-            x = x + (mlp(normed) if isinstance(mlp, GLU) else visit.route(layer, mlp, normed))
-        return model.norm(x)  # type: ignore[no-any-return]
 
-
-class _Visit(Protocol):
-    """What a pass over the blocks does inside a layer, and what it takes from it into the cache."""
+class Visit(Protocol):
+    """What a pass over the blocks does between the tokens of a layer; the rest of a block is each token's own."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """``[1, N, H or G, d]`` -> ``[1, N, H * d]``."""
 
     def route(self, layer: int, mlp: PolyGLU, x: Tensor) -> Tensor:
         """``[1, N, D]`` -> ``[1, N, D]``."""
+
+
+def features_by(model: PolychromaticLM, input_ids: Tensor, positions: Tensor, visit: Visit) -> Tensor:
+    """Normalised features ``[1, N, D]`` of tokens ``[1, N]`` at positions ``[N]``: the model's parts in its order."""
+    rope = model.rope(positions[None])
+    x = model.embed_tokens(input_ids)
+    for layer, block in enumerate(model.layers):
+        assert isinstance(block, Block)
+        q, k, v = block.self_attn.project(block.input_layernorm(x), rope)
+        x = x + block.self_attn.o_proj(visit.attend(layer, q, k, v))
+        normed, mlp = block.post_attention_layernorm(x), block.mlp
+        x = x + (mlp(normed) if isinstance(mlp, GLU) else visit.route(layer, mlp, normed))
+    return model.norm(x)  # type: ignore[no-any-return]
 
 
 class _Prompts:
