@@ -145,8 +145,9 @@ def generate_rows(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     routing: Routing = "exact",
+    max_rows: int | None = None,
     max_tokens: int = MAX_TOKENS,
     cache_bytes: int = CACHE_BYTES,
 ) -> Iterator[Event]:
@@ -165,9 +166,10 @@ def generate_rows(
         temperature: 0 takes the likeliest token, else tokens are drawn from softmax(logits / temperature).
         top_k: draw only among this many of the likeliest tokens; 0: among all.
         top_p: draw only among the likeliest of these that together have at least this probability.
-        seed: of the draws; row i draws from ``seed + i``.
+        seed: of the draws: one for each row, or row i draws from ``seed + i``.
         routing: of new tokens; anything but ``exact`` is an approximation, unless the model is ``causal`` and this
             is ``running``.
+        max_rows: rows that run together; as many as the cache holds if absent.
         max_tokens: tokens of one forward pass.
         cache_bytes: of keys and values, which bounds the rows that run together.
 
@@ -181,8 +183,11 @@ def generate_rows(
     check_prompts(model, prompts, max_new_tokens)
     longest = max((len(prompt) for prompt in prompts), default=1) + max_new_tokens - 1  # the last token is not read
     longest = min(longest, model.config.seq_length)
-    decoder = open_decoder(model, len(prompts), tau, longest, routing, max_tokens, cache_bytes)
-    rows = [_Row(i, prompt, torch.Generator().manual_seed(seed + i)) for i, prompt in enumerate(prompts)]
+    together = min(len(prompts), max_rows or len(prompts))
+    decoder = open_decoder(model, together, tau, longest, routing, max_tokens, cache_bytes)
+    seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
+    generators = [torch.Generator().manual_seed(each) for each in seeds]
+    rows = [_Row(i, *both) for i, both in enumerate(zip(prompts, generators, strict=True))]
 
     def ended(row: _Row) -> bool:
         full = len(row.new) == max_new_tokens or len(row.prompt) + len(row.new) > model.config.seq_length
