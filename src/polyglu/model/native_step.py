@@ -3,6 +3,7 @@
 The numbers of ``cache.features_by`` but for rounding. Shapes as in ``architecture``; n rows, one new token each.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polyglu.model.architecture import Block, PolychromaticLM
-from polyglu.model.feed_forward import GLU, PolyGLU
+from polyglu.model.feed_forward import PolyGLU
 from polyglu.model.kernels import decode, native
 
 
@@ -22,11 +23,28 @@ def native_serves(model: PolychromaticLM, dtype: torch.dtype) -> bool:
 
 
 class Routed(NamedTuple):
-    """Of a routed layer."""
+    """What a routed layer has beside its products."""
 
+    hidden: Tensor
+    """The router's first product, ``[R, D]``."""
     router: decode.Router
     neuron: Tensor
     """Neurons' logits divided by tau, ``[K, 1, F]``."""
+
+
+class Layer(NamedTuple):
+    """A block's weights: to look them up in its modules takes as long as a small product."""
+
+    input_norm: Tensor
+    qkv: tuple[Tensor, Tensor, Tensor]
+    heads: decode.Heads
+    o: Tensor
+    """Transposed, as ``down`` is."""
+    post_norm: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    activation: Callable[[Tensor], Tensor] | Routed
 
 
 class NativeStep:
@@ -34,15 +52,7 @@ class NativeStep:
 
     def __init__(self, model: PolychromaticLM, tau: float, frozen: bool) -> None:
         self.model, self.tau, self.frozen = model, tau, frozen
-        self.blocks = [block for block in model.layers if isinstance(block, Block)]
-        self.heads = [
-            decode.Heads(
-                block.self_attn.q_norm.weight, block.self_attn.k_norm.weight, model.config.eps,
-                model.rope.cos, model.rope.sin,
-            )
-            for block in self.blocks
-        ]  # fmt: skip
-        self.routed = [_routed(block.mlp, tau) for block in self.blocks if isinstance(block.mlp, PolyGLU)]
+        self.layers = [_layer(block, model, tau) for block in model.layers if isinstance(block, Block)]
 
     def features(
         self, input_ids: Tensor, positions: Tensor, keys: Tensor, values: Tensor, totals: Tensor, counts: Tensor
@@ -50,25 +60,39 @@ class NativeStep:
         """Normalised features ``[n, D]`` of tokens ``[n]`` at positions ``[n]``; the rest is the cache's, and grows."""
         eps = self.model.config.eps
         x = self.model.embed_tokens(input_ids)  # [n, D]
-        for layer, block in enumerate(self.blocks):
-            attn, mlp = block.self_attn, block.mlp
-            normed = decode.norm(x, block.input_layernorm.weight, eps)
-            q, k, v = (F.linear(normed, part.weight) for part in (attn.q_proj, attn.k_proj, attn.v_proj))
-            mixed = decode.attention(q, k, v, self.heads[layer], positions, keys[layer], values[layer])
-            x = torch.addmm(x, mixed, attn.o_proj.weight.mT)
-            normed = decode.norm(x, block.post_attention_layernorm.weight, eps)
-            gate, up = F.linear(normed, mlp.gate_proj.weight), F.linear(normed, mlp.up_proj.weight)
-            if isinstance(mlp, GLU):
-                hidden = mlp.activation(gate) * up
+        for index, layer in enumerate(self.layers):
+            normed = decode.norm(x, layer.input_norm, eps)
+            q, k, v = (F.linear(normed, weight) for weight in layer.qkv)
+            mixed = decode.attention(q, k, v, layer.heads, positions, keys[index], values[index])
+            x = torch.addmm(x, mixed, layer.o)
+            normed = decode.norm(x, layer.post_norm, eps)
+            gate, up, activation = F.linear(normed, layer.gate), F.linear(normed, layer.up), layer.activation
+            if isinstance(activation, Routed):
+                projected = F.linear(normed, activation.hidden)
+                token = decode.route(projected, totals[index], counts, activation.router, self.tau, add=not self.frozen)
+                hidden = native.forward(gate[None], up[None], activation.neuron, token)[0]
             else:
-                projected, (router, neuron) = mlp.router.project(normed), self.routed[layer]
-                token = decode.route(projected, totals[layer], counts, router, self.tau, not self.frozen)
-                hidden = native.forward(gate[None], up[None], neuron, token)[0]
-            x = torch.addmm(x, hidden, mlp.down_proj.weight.mT)
+                hidden = activation(gate) * up
+            x = torch.addmm(x, hidden, layer.down)
         return decode.norm(x, self.model.norm.weight, eps)
+
+
+def _layer(block: Block, model: PolychromaticLM, tau: float) -> Layer:
+    attn, mlp, rope = block.self_attn, block.mlp, model.rope
+    return Layer(
+        input_norm=block.input_layernorm.weight,
+        qkv=(attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight),
+        heads=decode.Heads(attn.q_norm.weight, attn.k_norm.weight, model.config.eps, rope.cos, rope.sin),
+        o=attn.o_proj.weight.mT,
+        post_norm=block.post_attention_layernorm.weight,
+        gate=mlp.gate_proj.weight,
+        up=mlp.up_proj.weight,
+        down=mlp.down_proj.weight.mT,
+        activation=_routed(mlp, tau) if isinstance(mlp, PolyGLU) else mlp.activation,
+    )
 
 
 def _routed(mlp: PolyGLU, tau: float) -> Routed:
     router = mlp.router
     weights = decode.Router(router.hidden.bias, router.out.weight, router.out.bias, mlp.beta)
-    return Routed(weights, (mlp.alpha / tau).T.contiguous()[:, None])
+    return Routed(router.hidden.weight, weights, (mlp.alpha / tau).T.contiguous()[:, None])
