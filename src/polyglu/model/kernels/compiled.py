@@ -1,9 +1,9 @@
 """C++ of this package for the CPU, compiled on this machine when first used.
 
-A library is compiled for one processor and one set of macros, in about a second, and kept in ``$XDG_CACHE_HOME/polyglu``
-(default ``~/.cache/polyglu``) under a name that tells sources, compiler, flags and processor. It is written elsewhere
-and then renamed: processes that compile at the same time do not wait for each other, and a kill leaves nothing half
-written.
+A library is compiled for one processor and one set of macros, in about a second, and kept in
+``$XDG_CACHE_HOME/polyglu`` (default ``~/.cache/polyglu``) under a name that tells sources, compiler, flags and
+processor. It is written elsewhere and then renamed: processes that compile at the same time do not wait for each other,
+and a kill leaves nothing half written.
 """
 
 import ctypes
