@@ -115,7 +115,7 @@ def test_several_prompts_give_json_lines_in_their_order(checkpoint: Path, tmp_pa
     found = run(checkpoint, *settings, "--prompt-file", str(tmp_path / "prompts"))
     assert found == invoke(checkpoint, *settings, "--prompt-file", "-", stdin=content.encode()).stdout
     assert found == invoke(checkpoint, *settings, stdin=content.encode()).stdout
-    rows = [json.loads(line) for line in found.splitlines()]
+    rows = [json.loads(line) for line in found.split("\n")[:-1]]
     alone = [run(checkpoint, "--prompt", text, *settings) for text in texts]
     assert [(row["prompt"], row["text"] + "\n", row["tokens"]) for row in rows] == [
         (text, answer, 5) for text, answer in zip(texts, alone, strict=True)
