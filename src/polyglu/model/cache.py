@@ -107,11 +107,9 @@ class Cache:
         """Logits ``[rows, V]`` after the newest tokens of the first slots, of at most ``longest`` positions each."""
         input_ids, positions = self.input_ids[:rows], self.positions[:rows]
         if self.native is not None:
-            stored = self.keys, self.values, self.totals, self.counts
-            features = self.native.features(input_ids, positions, *stored)
-        else:
-            features = features_by(self.model, input_ids[None], positions, _Tokens(self, rows, longest))[0]
-        return self.model.head(features).float()
+            return self.native.logits(input_ids, positions, self.keys, self.values, self.totals, self.counts)
+        features = features_by(self.model, input_ids[None], positions, _Tokens(self, rows, longest))
+        return self.model.head(features[0]).float()
 
     def move(self, source: int, target: int) -> None:
         """Give the row of one slot another slot, which is free."""

@@ -1,4 +1,4 @@
-"""A decoding step on a CPU in fp32: PyTorch's matrix products, and ``kernels.decode`` between them.
+"""A decoding step on a CPU in fp32 by ``kernels.decode``; products with many rows are PyTorch's.
 
 The numbers of ``cache.features_by`` but for rounding. Shapes as in ``architecture``; n rows, one new token each.
 """
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from polyglu.model.architecture import Block, PolychromaticLM
@@ -39,7 +38,6 @@ class Layer(NamedTuple):
     qkv: tuple[Tensor, Tensor, Tensor]
     heads: decode.Heads
     o: Tensor
-    """Transposed, as ``down`` is."""
     post_norm: Tensor
     gate: Tensor
     up: Tensor
@@ -54,27 +52,27 @@ class NativeStep:
         self.model, self.tau, self.frozen = model, tau, frozen
         self.layers = [_layer(block, model, tau) for block in model.layers if isinstance(block, Block)]
 
-    def features(
+    def logits(
         self, input_ids: Tensor, positions: Tensor, keys: Tensor, values: Tensor, totals: Tensor, counts: Tensor
     ) -> Tensor:
-        """Normalised features ``[n, D]`` of tokens ``[n]`` at positions ``[n]``; the rest is the cache's, and grows."""
+        """Logits ``[n, V]`` after tokens ``[n]`` at positions ``[n]``; the rest is the cache's, and grows."""
         eps = self.model.config.eps
         x = self.model.embed_tokens(input_ids)  # [n, D]
         for index, layer in enumerate(self.layers):
             normed = decode.norm(x, layer.input_norm, eps)
-            q, k, v = (F.linear(normed, weight) for weight in layer.qkv)
+            q, k, v = (decode.linear(normed, weight) for weight in layer.qkv)
             mixed = decode.attention(q, k, v, layer.heads, positions, keys[index], values[index])
-            x = torch.addmm(x, mixed, layer.o)
+            x = x + decode.linear(mixed, layer.o)
             normed = decode.norm(x, layer.post_norm, eps)
-            gate, up, activation = F.linear(normed, layer.gate), F.linear(normed, layer.up), layer.activation
+            gate, up, activation = decode.linear(normed, layer.gate), decode.linear(normed, layer.up), layer.activation
             if isinstance(activation, Routed):
-                projected = F.linear(normed, activation.hidden)
+                projected = decode.linear(normed, activation.hidden)
                 token = decode.route(projected, totals[index], counts, activation.router, self.tau, add=not self.frozen)
                 hidden = native.forward(gate[None], up[None], activation.neuron, token)[0]
             else:
                 hidden = activation(gate) * up
-            x = torch.addmm(x, hidden, layer.down)
-        return decode.norm(x, self.model.norm.weight, eps)
+            x = x + decode.linear(hidden, layer.down)
+        return decode.linear(decode.norm(x, self.model.norm.weight, eps), self.model.embed_tokens.weight)
 
 
 def _layer(block: Block, model: PolychromaticLM, tau: float) -> Layer:
@@ -83,11 +81,11 @@ def _layer(block: Block, model: PolychromaticLM, tau: float) -> Layer:
         input_norm=block.input_layernorm.weight,
         qkv=(attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight),
         heads=decode.Heads(attn.q_norm.weight, attn.k_norm.weight, model.config.eps, rope.cos, rope.sin),
-        o=attn.o_proj.weight.mT,
+        o=attn.o_proj.weight,
         post_norm=block.post_attention_layernorm.weight,
         gate=mlp.gate_proj.weight,
         up=mlp.up_proj.weight,
-        down=mlp.down_proj.weight.mT,
+        down=mlp.down_proj.weight,
         activation=_routed(mlp, tau) if isinstance(mlp, PolyGLU) else mlp.activation,
     )
 

@@ -38,6 +38,14 @@ def test_it_equals_pytorch_for_other_shapes(settings: dict[str, int]) -> None:
         torch.testing.assert_close(*(getattr(cache, name) for cache in caches), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [*range(1, decode.FEW + 2)])
+def test_products_of_few_rows(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    for width, outputs in ((16, 4), (512, 12), (48, 100), (40, 12), (32, 10)):  # the last two are left to PyTorch
+        x, weight = torch.randn(rows, width, generator=generator), torch.randn(outputs, width, generator=generator)
+        torch.testing.assert_close(decode.linear(x, weight), x @ weight.T, rtol=1e-4, atol=1e-4)
+
+
 def test_arguments_have_the_layout_of_the_source() -> None:
     """Names in the order of the C++ structures, so that no pointer takes another's place."""
     source = (compiled.SOURCES / "decode.cpp").read_text()

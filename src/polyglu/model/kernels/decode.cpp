@@ -1,4 +1,4 @@
-// What a decoding step does between its matrix products on a CPU, in fp32: norms, attention to the cache, routing.
+// What a decoding step does on a CPU, in fp32: products with few rows, norms, attention to the cache, routing.
 //
 // Each row has one new token. A task is a row, or a key head of one; no result depends on another row.
 // Shapes: B rows, D width, H query heads, G key heads, d head width, P positions of a slot, R router width, K activations.
@@ -36,6 +36,32 @@ inline void rotate(float* x, const float* cos, const float* sin, int64_t half) {
     vec first = load(x + i, n), second = load(x + half + i, n), c = load(cos + i, n), s = load(sin + i, n);
     store(x + i, first * c - second * s, n);
     store(x + half + i, second * c + first * s, n);
+  }
+}
+
+constexpr int OUTPUTS = 4;      // at a time: their weights are as many streams from memory
+constexpr int AHEAD = 8192;     // bytes: so far in front the weights are asked for, for memory is what this waits for
+
+// y[n, o] = sum_i x[n, i] w[o, i] for N rows, so few that the weights are read once and every row uses them.
+template <int N>
+void products(const float* x, const float* w, int64_t outputs, int64_t width, float* y) {
+#pragma omp parallel for schedule(static)
+  for (int64_t o = 0; o < outputs; o += OUTPUTS) {
+    vec sums[OUTPUTS][N]{};
+    for (int64_t i = 0; i < width; i += W) {
+      vec weight[OUTPUTS];
+      for (int k = 0; k < OUTPUTS; k++) {
+        const float* at = w + (o + k) * width + i;
+        __builtin_prefetch((const char*)at + AHEAD, 0, 2);
+        weight[k] = load(at, W);
+      }
+      for (int n = 0; n < N; n++) {
+        vec value = load(x + n * width + i, W);
+        for (int k = 0; k < OUTPUTS; k++) sums[k][n] += weight[k] * value;
+      }
+    }
+    for (int k = 0; k < OUTPUTS; k++)
+      for (int n = 0; n < N; n++) y[n * outputs + o + k] = sum(sums[k][n]);
   }
 }
 
@@ -108,6 +134,12 @@ void route(const Route& p) {
 extern "C" {
 void decode_norm(const float* x, const float* weight, float eps, int64_t rows, int64_t width, float* y) {
   for (int64_t row = 0; row < rows; row++) norm(x + row * width, weight, eps, width, y + row * width);
+}
+void decode_products(const float* x, const float* w, int64_t rows, int64_t outputs, int64_t width, float* y) {
+  using Products = void (*)(const float*, const float*, int64_t, int64_t, float*);
+  constexpr Products of_rows[] = {products<1>, products<2>, products<3>, products<4>,
+                                  products<5>, products<6>, products<7>, products<8>};
+  of_rows[rows - 1](x, w, outputs, width, y);
 }
 void decode_attention(const Attention* problem) { attend(*problem); }
 void decode_route(const Route* problem) { route(*problem); }

@@ -1,16 +1,23 @@
-"""What a decoding step does between its matrix products, on a CPU in fp32, in C++ (``decode.cpp``).
+"""What a decoding step does on a CPU in fp32, in C++ (``decode.cpp``).
 
 One new token of a row is so little work that PyTorch's operations would mostly wait for each other. Shapes: B rows,
 D width, H query heads, G key heads, d head width, P positions of a slot, R router width, K activations.
 """
 
 import ctypes
+from functools import cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from polyglu.model.kernels.compiled import load_library
+
+FEW = 8
+"""Rows up to which a product takes hardly longer than reading its weights."""
+WIDTHS, OUTPUTS = 16, 4
+"""Numbers whose multiples ``decode_products`` takes."""
 
 
 class Attention(ctypes.Structure):
@@ -46,6 +53,16 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = torch.empty_like(x)
     rows, width = x.shape
     _library().decode_norm(x.data_ptr(), weight.data_ptr(), eps, rows, width, y.data_ptr())
+    return y
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``F.linear`` of dense fp32 ``[B, width]`` and ``[outputs, width]``; of few rows as fast as memory allows."""
+    (rows, width), outputs = x.shape, len(weight)
+    if rows > FEW or width % WIDTHS or outputs % OUTPUTS:
+        return F.linear(x, weight)
+    y = torch.empty(rows, outputs)
+    _library().decode_products(x.data_ptr(), weight.data_ptr(), rows, outputs, width, y.data_ptr())
     return y
 
 
@@ -122,10 +139,12 @@ def route(projected: Tensor, total: Tensor, count: Tensor, router: Router, tau: 
     return token
 
 
+@cache
 def _library() -> ctypes.CDLL:
     library = load_library("decode")
     if library is None:
         raise RuntimeError("the native kernel could not be compiled")
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     library.decode_norm.argtypes = [pointer, pointer, ctypes.c_float, size, size, pointer]
+    library.decode_products.argtypes = [pointer, pointer, size, size, size, pointer]
     return library
