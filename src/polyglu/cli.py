@@ -17,7 +17,8 @@ STAGES = {
     "sft": ("polyglu.sft.sft", "Fine-tune a model on conversations."),
     "eval": ("polyglu.evaluation.run_eval", "Evaluate a checkpoint with lm-evaluation-harness."),
     "analyze": ("polyglu.interpretability.run_analysis", "Draw which activations a checkpoint's neurons choose."),
-    "generate": ("polyglu.generate", "Continue a prompt."),
+    "generate": ("polyglu.generate", "Continue prompts."),
+    "chat": ("polyglu.chat", "Talk to a fine-tuned checkpoint."),
 }
 """Verb -> (module that has its ``main``, help)."""
 

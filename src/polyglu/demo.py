@@ -199,11 +199,10 @@ def _evaluate(paths: DemoPaths) -> None:
             tasks=[task],
             perplexity=heldout,
             data_dir=paths.raw,
-            batch_size=64,
             perplexity_tokens=30_000,
             apply_chat_template=name == "sft",
         )
-        write_json(paths.results(name), evaluate_checkpoint(settings))
+        evaluate_checkpoint(settings, paths.results(name))
         logger.info("%s: %.1f%% of the held-out problems", name, 100 * _accuracy(paths, name)["exact_match"])
 
 

@@ -1,9 +1,10 @@
 """Files that are whole or not there: written under a temporary name, flushed to disk, then renamed."""
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -85,6 +86,23 @@ def json_text(value: Any) -> str:
 def plain(value: Any) -> Any:
     """A JSON value as it is read back: tuples are lists."""
     return json.loads(json.dumps(value))
+
+
+def append_rows(path: Path, rows: Iterable[Any]) -> None:
+    """Add JSON values, one a line, to the end of a file, by one call of the system.
+
+    Raises:
+        OSError: they cannot be written, as on a full disk; the file is as before.
+    """
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    with open(path, "ab", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(size)  # no half of a row stays before the next one
+            raise
 
 
 def seal(content: Any) -> str:

@@ -15,7 +15,10 @@ MAY_IMPORT = {
     "model": set(),
     "data": set(),
     "inference": {"model", "data"},
-    "generate": {"model", "data", "inference"},
+    "continuation": {"model", "data", "inference"},
+    "routing_view": {"model", "data"},
+    "generate": {"model", "data", "inference", "continuation", "routing_view"},
+    "chat": {"model", "data", "inference", "continuation", "generate"},
     "training": {"model", "data"},
     "sft": {"model", "data", "training"},
     "evaluation": {"model", "data", "inference"},
@@ -25,7 +28,7 @@ MAY_IMPORT = {
     "data_figure": {"interpretability"},
     "data_page": {"data", "data_figure", "interpretability", "page"},
     "data_report": {"data", "data_page", "page"},
-    "cli": {"demo", "data", "data_report", "training", "sft", "evaluation", "interpretability", "generate"},
+    "cli": {"demo", "data", "data_report", "training", "sft", "evaluation", "interpretability", "generate", "chat"},
     "demo": {"data", "training", "sft", "evaluation", "interpretability", "report"},
 }
 """Part of the package -> other parts it may import."""
@@ -107,7 +110,7 @@ else:
     subprocess.run([sys.executable, "-W", "error::ImportWarning", "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("verb", ["demo", "data", "train", "sft", "eval", "analyze", "generate"])
+@pytest.mark.parametrize("verb", ["demo", "data", "train", "sft", "eval", "analyze", "generate", "chat"])
 def test_help_offers_the_stages(verb: str) -> None:
     from typer.testing import CliRunner
 

@@ -15,6 +15,7 @@ import numpy as np
 from polyglu.data.chunks import open_source
 from polyglu.data.tokenizer import Tokenizer
 from polyglu.errors import PolygluError
+from polyglu.evaluation.answers import Answers, Asker
 from polyglu.evaluation.scoring import rolling_requests, score
 from polyglu.model.architecture import PolychromaticLM
 
@@ -31,7 +32,14 @@ class Document(NamedTuple):
 
 
 def perplexity(
-    model: PolychromaticLM, tokenizer: Tokenizer, tau: float, source: Path, *, max_tokens: int, batch_size: int
+    model: PolychromaticLM,
+    tokenizer: Tokenizer,
+    tau: float,
+    source: Path,
+    *,
+    max_tokens: int,
+    batch_size: int | None = None,
+    answers: Answers | None = None,
 ) -> dict[str, float | int]:
     """Perplexity of the first documents of a source.
 
@@ -41,7 +49,8 @@ def perplexity(
         tau: routing temperature, the checkpoint's.
         source: ``.jsonl`` file with a ``text`` in each line, or folder of token chunks.
         max_tokens: documents are read whole until they have this many tokens.
-        batch_size: windows that run together.
+        batch_size: windows that run together; as many as fit if absent.
+        answers: where the windows' log-likelihoods are taken from and kept.
 
     Returns:
         ``perplexity``, ``nats_per_token``, ``tokens``, ``documents``, and for texts ``bits_per_byte``.
@@ -54,8 +63,13 @@ def perplexity(
     if not tokens:
         raise PolygluError(f"{source} has no text to measure perplexity on.")
     longest = model.config.seq_length
-    requests = [window for doc in documents for window in rolling_requests(doc.tokens, tokenizer.eos_id, longest)]
-    scores = score(model, requests, tau, description=f"perplexity of {source.name}", max_rows=batch_size)
+    what = f"perplexity of {source.name}"
+    requests = [
+        window
+        for number, document in enumerate(documents)
+        for window in rolling_requests(document.tokens, tokenizer.eos_id, longest, Asker(what, doc=number))
+    ]
+    scores = score(model, requests, tau, description=what, max_rows=batch_size, answers=answers)
     nats = -math.fsum(found.log_likelihood for found in scores)
     result = {
         "perplexity": math.exp(min(nats / tokens, 700.0)),  # the largest exponent a float holds

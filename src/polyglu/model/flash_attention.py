@@ -43,6 +43,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, use_flash: bool
     return _sdpa(q, k, v, packing)
 
 
+def suffix_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same for the last T positions of a document: ``[T, H, d]``, twice ``[S, G, d]`` -> ``[T, H, d]``."""
+    if len(q) == len(k):
+        return _sdpa_rows(q[None], k[None], v[None])[0]
+    mask = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H or G, T or S, d]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+
 def flash_serves(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether FlashAttention has kernels for a device and dtype."""
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)

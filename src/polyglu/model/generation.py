@@ -10,7 +10,7 @@ ended rows free their slots ◄── choose a token ◄────────
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -67,6 +67,7 @@ def next_token_logits(
 class _Row:
     """A prompt and what became of it."""
 
+    index: int
     prompt: Sequence[int]
     generator: torch.Generator
     new: list[int] = field(default_factory=list)
@@ -115,8 +116,25 @@ class _WholeRows:
         self.rows[target], self.rows[source] = self.rows[source], []
 
 
-@torch.inference_mode()
-def generate(
+class Event(NamedTuple):
+    """A new token of a row, or the end of it."""
+
+    row: int
+    """Index of the prompt."""
+    token: int | None
+    """None: the row has ended; nothing more comes of it."""
+
+
+def generate(model: PolychromaticLM, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[int]]:
+    """The new tokens of each row, in the order of the prompts; arguments and errors as in ``generate_rows``."""
+    rows: list[list[int]] = [[] for _ in prompts]
+    for event in generate_rows(model, prompts, **settings):
+        if event.token is not None:
+            rows[event.row].append(event.token)
+    return rows
+
+
+def generate_rows(
     model: PolychromaticLM,
     prompts: Sequence[Sequence[int]],
     *,
@@ -127,11 +145,12 @@ def generate(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     routing: Routing = "exact",
+    max_rows: int | None = None,
     max_tokens: int = MAX_TOKENS,
     cache_bytes: int = CACHE_BYTES,
-) -> list[list[int]]:
+) -> Iterator[Event]:
     """Continue each prompt until an end token, the stop rule, ``max_new_tokens`` or the model's ``seq_length``.
 
     A row's result depends on neither the other rows nor their number: each row draws from a generator of its own. A row
@@ -147,14 +166,15 @@ def generate(
         temperature: 0 takes the likeliest token, else tokens are drawn from softmax(logits / temperature).
         top_k: draw only among this many of the likeliest tokens; 0: among all.
         top_p: draw only among the likeliest of these that together have at least this probability.
-        seed: of the draws; row i draws from ``seed + i``.
+        seed: of the draws: one for each row, or row i draws from ``seed + i``.
         routing: of new tokens; anything but ``exact`` is an approximation, unless the model is ``causal`` and this
             is ``running``.
+        max_rows: rows that run together; as many as the cache holds if absent.
         max_tokens: tokens of one forward pass.
         cache_bytes: of keys and values, which bounds the rows that run together.
 
     Returns:
-        The new tokens of each row, in the order of the prompts.
+        The new tokens of all rows as they come, those of a row in order, and then its end.
 
     Raises:
         ValueError: no new tokens are asked for, an empty prompt, one longer than the model's ``seq_length``, or a
@@ -163,16 +183,32 @@ def generate(
     check_prompts(model, prompts, max_new_tokens)
     longest = max((len(prompt) for prompt in prompts), default=1) + max_new_tokens - 1  # the last token is not read
     longest = min(longest, model.config.seq_length)
-    decoder = open_decoder(model, len(prompts), tau, longest, routing, max_tokens, cache_bytes)
-    rows = [_Row(prompt, torch.Generator().manual_seed(seed + index)) for index, prompt in enumerate(prompts)]
+    together = min(len(prompts), max_rows or len(prompts))
+    decoder = open_decoder(model, together, tau, longest, routing, max_tokens, cache_bytes)
+    seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
+    generators = [torch.Generator().manual_seed(each) for each in seeds]
+    rows = [_Row(i, *both) for i, both in enumerate(zip(prompts, generators, strict=True))]
 
-    def goes_on(row: _Row, token: int) -> bool:
-        if token in eos_ids:
-            return False
-        row.new.append(token)
-        ended = len(row.new) == max_new_tokens or len(row.prompt) + len(row.new) > model.config.seq_length
-        return not ended and not (stop is not None and stop(row.new))
+    def ended(row: _Row) -> bool:
+        full = len(row.new) == max_new_tokens or len(row.prompt) + len(row.new) > model.config.seq_length
+        return full or (stop is not None and stop(row.new))
 
+    def choose(logits: Tensor, chosen: Sequence[_Row]) -> list[int]:
+        return choose_tokens(logits, [row.generator for row in chosen], temperature, top_p, top_k)
+
+    return _events(decoder, rows, choose, frozenset(eos_ids), ended, max_tokens)
+
+
+@torch.inference_mode()
+def _events(
+    decoder: Decoder,
+    rows: Sequence[_Row],
+    choose: Callable[[Tensor, Sequence[_Row]], list[int]],
+    eos_ids: Collection[int],
+    ended: Callable[[_Row], bool],
+    max_tokens: int,
+) -> Iterator[Event]:
+    """The loop of ``generate_rows``."""
     waiting, running = deque(rows), dict[int, _Row]()  # slot -> row
     while waiting or running:
         free = [slot for slot in range(decoder.slots) if slot not in running] if waiting else []
@@ -186,12 +222,15 @@ def generate(
             _close_gaps(decoder, running)
             slots = list(range(len(running)))
             logits = decoder.step([running[slot].new[-1] for slot in slots])
-        tokens = choose_tokens(logits, [running[slot].generator for slot in slots], temperature, top_p, top_k)
-        for slot, token in zip(slots, tokens, strict=True):
-            if not goes_on(running[slot], token):
+        for slot, token in zip(slots, choose(logits, [running[slot] for slot in slots]), strict=True):
+            row = running[slot]
+            if token not in eos_ids:
+                row.new.append(token)
+                yield Event(row.index, token)
+            if token in eos_ids or ended(row):
                 del running[slot]
                 decoder.free(slot)
-    return [row.new for row in rows]
+                yield Event(row.index, None)
 
 
 def _check_scope(model: PolychromaticLM) -> None:

@@ -1,3 +1,4 @@
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -8,7 +9,14 @@ from models import SHAPE, sharp_model
 
 from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.config import FeedForward
-from polyglu.model.generation import choose_tokens, generate, groups_of_tokens, next_token_logits
+from polyglu.model.generation import (
+    Event,
+    choose_tokens,
+    generate,
+    generate_rows,
+    groups_of_tokens,
+    next_token_logits,
+)
 
 TAU = 0.3
 PROMPTS = [[3, 1, 4, 1, 5], [17], [2, 6, 5, 3, 5, 8, 9, 7, 9], [33, 20], [7, 40, 1]]
@@ -50,6 +58,31 @@ def test_draws_do_not_depend_on_the_other_rows() -> None:
     assert together == generate(model, PROMPTS, seed=7, **settings)
     assert together == generate(model, PROMPTS, seed=7, max_tokens=9, **settings)
     assert together != generate(model, PROMPTS, seed=8, **settings)
+
+
+def test_events_are_the_tokens_as_they_come_and_the_ends() -> None:
+    model = make_model("causal")
+    free = generate(model, PROMPTS, max_new_tokens=8, tau=TAU, eos_ids=())
+    end = free[0][3]
+    events = list(generate_rows(model, PROMPTS, max_new_tokens=8, tau=TAU, eos_ids=[end]))
+    first = islice(generate_rows(model, PROMPTS, max_new_tokens=8, tau=TAU, eos_ids=()), len(PROMPTS))
+    assert list(first) == [Event(index, row[0]) for index, row in enumerate(free)]  # before any second one
+    assert {event.row for event in events[events.index(Event(0, None)) :]} > {0}  # others go on
+    for index, row in enumerate(free):
+        expected = row[: row.index(end)] if end in row else row
+        assert [event.token for event in events if event.row == index] == [*expected, None]
+
+
+def test_no_token_is_made_before_it_is_asked_for() -> None:
+    model, passes = make_model("causal"), []
+    model.embed_tokens.register_forward_hook(lambda *_: passes.append(1))
+    events = generate_rows(model, [[1, 2]], max_new_tokens=5, tau=TAU, eos_ids=())
+    assert passes == []
+    next(events)
+    assert passes == [1]
+    assert not torch.is_inference_mode_enabled()
+    next(events)
+    assert passes == [1, 1]
 
 
 def test_end_token_ends_only_its_row_and_is_not_returned() -> None:
