@@ -33,7 +33,7 @@ ONE_HOME = {
     "triton": "model/kernels/triton_",
     "wandb": "training/wandb_run.py",
     "lm_eval": "evaluation/",
-    "matplotlib": "interpretability/plotting.py",
+    "matplotlib": "interpretability/plotting",
     "gigatoken": "data/encoding.py",
     "awkward": "data/encoding.py",
 }

@@ -12,12 +12,12 @@ Shapes as in ``polyglu.model.architecture``; n documents of T tokens, of which P
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from polyglu.interpretability.statistics import Interval, t_interval
-from polyglu.interpretability.texts import Texts
 from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.routing import routing_weights
 
@@ -200,22 +200,19 @@ def _components(neurons: Tensor, centre: Tensor, moments: Tensor) -> Tensor:
     return parts.clamp(min=0)  # rounding
 
 
-def dominant(layer: LayerRouting) -> tuple[Tensor, Tensor, Tensor]:
-    """Each neuron's activation of the largest mean weight, its lead over the second, and how often it leads.
+class Dominant(NamedTuple):
+    """Of each neuron of a layer, ``[F]``."""
 
-    Returns:
-        Index ``[F]``; lead ``[F]``, in 0..1; share of the positions ``[F]`` at which it has the largest weight.
-    """
+    index: Tensor
+    """Activation of the largest mean weight."""
+    lead: Tensor
+    """Its mean weight less that of the second, in 0..1."""
+    leads_at: Tensor
+    """Share of the positions at which it has the largest weight."""
+
+
+def dominant(layer: LayerRouting) -> Dominant:
+    """Which activation dominates each neuron on the texts, and how decidedly."""
     index = layer.neuron_weights.argmax(-1)
     best = layer.neuron_weights.topk(min(2, layer.neuron_weights.shape[-1]), dim=-1).values
-    return index, best[:, 0] - best[:, 1:].sum(-1), layer.chosen.gather(1, index[:, None])[:, 0]
-
-
-def grams(layers: list[LayerRouting]) -> Tensor:
-    """``[L, n, n]``."""
-    return torch.stack([layer.gram for layer in layers])
-
-
-def groups_of(texts: Texts, layers: list[LayerRouting]) -> list[Tensor]:
-    """Documents' shares by kind: ``[documents of the kind, L, K]`` each."""
-    return texts.of_kind(torch.stack([layer.document_shares for layer in layers], dim=1))
+    return Dominant(index, best[:, 0] - best[:, 1:].sum(-1), layer.chosen.gather(1, index[:, None])[:, 0])

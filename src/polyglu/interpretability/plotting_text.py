@@ -1,0 +1,196 @@
+"""Figures of routing on texts, over training and under ablation. As in ``plotting``: numbers in, a Figure out."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from torch import Tensor
+
+from polyglu.interpretability.plotting import (
+    GREY,
+    GRID,
+    MARKERS,
+    SERIES_COLOURS,
+    activation_legend,
+    entropy_limit,
+    entropy_range,
+    figure_legend,
+    layer_axis,
+    stacked_bars,
+    titled_figure,
+)
+from polyglu.interpretability.statistics import Interval
+from polyglu.model.activations import ACTIVATIONS
+
+COMPONENT_COLOURS = ("#6741d9", "#0b7285", "#66b8c4", "#b5541c", "#e8a87c")
+"""Of the parts of the variance."""
+SPREAD = 0.5
+"""Room in which series stand side by side, in layers."""
+
+
+def text_routing(
+    shares: Interval, dominant: Tensor, entropies: Mapping[str, Interval], max_entropy: float, caption: str
+) -> Figure:
+    """Shares of the activations, neurons by dominant activation, and entropies, by layer.
+
+    Args:
+        shares: ``[L, K]``.
+        dominant: ``[L, K]``, share of the layer's neurons.
+        entropies: label -> ``[L]`` nats.
+        max_entropy: ln K.
+        caption: printed below.
+    """
+    n_layers, n_activations = dominant.shape
+    figure, body = titled_figure("Routing on text", max(13.0, 0.45 * n_layers), 4.8, caption)
+    left, middle, right = body.subplots(1, 3)
+    for k, activation in enumerate(ACTIVATIONS[:n_activations]):
+        values = Interval(*(part[:, k] for part in shares))
+        error_bars(left, values, k, n_activations, activation.colour)
+    left.set(title="share of the routing weight", ylim=(-0.03, 1.03))
+    stacked_bars(middle, dominant, [activation.colour for activation in ACTIVATIONS[:n_activations]])
+    middle.set(title="neurons by dominant activation", ylim=(0, 1))
+    for index, (label, values) in enumerate(entropies.items()):
+        error_bars(right, values, index, len(entropies), SERIES_COLOURS[index], label)
+    entropy_limit(right.axhline, max_entropy)
+    right.set(title="entropy (nats)", ylim=entropy_range(max_entropy))
+    right.legend(frameon=False, fontsize=8)
+    for panel in (left, middle, right):
+        layer_axis(panel, n_layers)
+        panel.set_axisbelow(True)
+        panel.grid(axis="y", color=GRID)
+    for panel in (left, middle):
+        panel.yaxis.set_major_formatter(PercentFormatter(1))
+    activation_legend(body, n_activations, undecided=False)
+    return figure
+
+
+def routing_variance(components: Mapping[str, Tensor], of_largest: Tensor, caption: str) -> Figure:
+    """Where the variance of the routing weights comes from, and how large it is, by layer.
+
+    Args:
+        components: name -> share of the variance ``[L]``.
+        of_largest: ``[L]``, the variance as a share of the largest that the layer's mean shares allow.
+        caption: printed below.
+    """
+    n_layers = len(of_largest)
+    figure, body = titled_figure(
+        "What decides the routing weight of a neuron at a token", max(11.0, 0.4 * n_layers), 4.8, caption
+    )
+    left, right = body.subplots(1, 2, width_ratios=(2, 1))
+    bottom, width = torch.zeros(n_layers), 0.85 if n_layers <= 40 else 1.0
+    for (name, values), colour in zip(components.items(), COMPONENT_COLOURS, strict=True):
+        known = values.nan_to_num(nan=0.0).float()
+        left.bar(range(n_layers), known.numpy(), width, bottom.numpy(), color=colour, label=name)
+        bottom = bottom + known
+    left.set(title="share of the variance of g", ylim=(0, 1))
+    right.bar(range(n_layers), of_largest.numpy(), color=GREY)
+    right.set(title="variance of g, share of the largest possible", ylim=(0, max(0.02, 1.1 * of_largest.max().item())))
+    for panel in (left, right):
+        panel.yaxis.set_major_formatter(PercentFormatter(1))
+        layer_axis(panel, n_layers)
+        panel.set_axisbelow(True)
+        panel.grid(axis="y", color=GRID)
+    figure_legend(body, left, 5)
+    return figure
+
+
+def routing_kinds(
+    effect: Interval, p_values: Tensor, kinds: Sequence[str], pairs: Tensor, pair_p: Tensor, caption: str
+) -> Figure:
+    """How routing differs between kinds of text: by layer, and pair by pair.
+
+    Args:
+        effect: omega squared ``[L]``.
+        p_values: ``[L]``, corrected.
+        kinds: names.
+        pairs: omega squared ``[kinds, kinds]`` of each pair over all layers; NaN on the diagonal.
+        pair_p: ``[kinds, kinds]``, corrected.
+        caption: printed below.
+    """
+    n_layers = len(p_values)
+    figure, body = titled_figure(
+        "How routing differs between kinds of text", max(12.0, 6 + 0.3 * n_layers), 5.0, caption
+    )
+    left, right = body.subplots(1, 2, width_ratios=(1.25, 1))
+    shown = p_values <= 0.05
+    for mask, filled, label in ((shown, True, "p ≤ 0.05"), (~shown, False, "difference not shown")):
+        layers = mask.nonzero()[:, 0]
+        if len(layers):
+            values = Interval(*(part[layers] for part in effect))
+            fill = SERIES_COLOURS[3] if filled else "white"
+            left.errorbar(
+                layers.numpy(), values.estimate.numpy(), yerr=_reach(values), fmt="o", color=SERIES_COLOURS[3],
+                markerfacecolor=fill, capsize=2, label=label,
+            )  # fmt: skip
+    left.axhline(0, color=GREY, linewidth=0.8)
+    left.set(title="between all kinds, by layer", ylabel="ω²: variance between documents\nthat the kind explains")
+    left.set_ylim(min(-0.05, effect.low.nan_to_num(neginf=-0.05).min().item()), 1.02)
+    left.yaxis.set_major_formatter(PercentFormatter(1))
+    left.grid(axis="y", color=GRID)
+    layer_axis(left, n_layers)
+    left.legend(frameon=False)
+    colours = LinearSegmentedColormap.from_list("effect", ["#f2f6f7", SERIES_COLOURS[3]])
+    right.imshow(pairs.clamp(min=0).numpy(), vmin=0, vmax=1, cmap=colours)
+    for row, column in pairs.isfinite().nonzero().tolist():
+        value = pairs[row, column].item()
+        text = f"{value:.0%}" if pair_p[row, column] <= 0.05 else f"({value:.0%})"
+        right.text(column, row, text, ha="center", va="center", color="white" if value > 0.5 else "#222222")
+    right.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
+    right.set_yticks(range(len(kinds)), kinds)
+    right.set(title="pair by pair, ω² over all layers; in brackets: not shown")
+    return figure
+
+
+def over_training(
+    steps: Sequence[int], entropies: Mapping[str, Interval], shares: Interval, max_entropy: float, caption: str
+) -> Figure:
+    """Entropy and shares over the steps of a run.
+
+    Args:
+        steps: S of them, rising.
+        entropies: label -> ``[S]`` nats, mean over layers.
+        shares: ``[S, K]``, mean over layers.
+        max_entropy: ln K.
+        caption: printed below.
+    """
+    figure, body = titled_figure("Routing over training", 12, 4.8, caption)
+    left, right = body.subplots(1, 2)
+    for index, (label, values) in enumerate(entropies.items()):
+        _band(left, steps, values, SERIES_COLOURS[index], MARKERS[index], label)
+    entropy_limit(left.axhline, max_entropy)
+    left.set(title="entropy (nats), mean over layers", xlabel="step", ylim=entropy_range(max_entropy))
+    left.legend(frameon=False, fontsize=8)
+    n_activations = shares.estimate.shape[1]
+    for k, activation in enumerate(ACTIVATIONS[:n_activations]):
+        _band(right, steps, Interval(*(part[:, k] for part in shares)), activation.colour, "o", activation.name)
+    right.set(title="share of the routing weight on text, mean over layers", xlabel="step", ylim=(-0.03, 1.03))
+    right.yaxis.set_major_formatter(PercentFormatter(1))
+    for panel in (left, right):
+        panel.grid(axis="y", color=GRID)
+    activation_legend(body, n_activations, undecided=False)
+    return figure
+
+
+def error_bars(panel: Any, values: Interval, index: int, count: int, colour: str, label: str | None = None) -> None:
+    """Draw a series ``[L]`` with its intervals, beside those of the other series."""
+    layers = torch.arange(len(values.estimate)) + SPREAD * ((index + 0.5) / count - 0.5)
+    size = 5 if len(layers) <= 15 else 3
+    panel.errorbar(
+        layers.numpy(), values.estimate.numpy(), yerr=_reach(values), color=colour, fmt=MARKERS[index % len(MARKERS)],
+        linestyle="-", linewidth=0.8, markersize=size, capsize=2, label=label,
+    )  # fmt: skip
+
+
+def _reach(values: Interval) -> Any:
+    """Lengths of error bars ``[2, n]``; none where an interval has no end."""
+    reach = torch.stack([values.estimate - values.low, values.high - values.estimate])
+    return reach.clamp(min=0).nan_to_num(nan=0.0, posinf=0.0).numpy()
+
+
+def _band(panel: Any, steps: Sequence[int], values: Interval, colour: str, marker: str, label: str) -> None:
+    low, high = (part.double().clamp(-1e3, 1e3).numpy() for part in (values.low, values.high))
+    panel.plot(steps, values.estimate.numpy(), color=colour, marker=marker, linewidth=1.4, markersize=5, label=label)
+    panel.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
