@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
@@ -27,6 +27,8 @@ from polyglu.model.activations import ACTIVATIONS
 
 COMPONENT_COLOURS = ("#6741d9", "#0b7285", "#66b8c4", "#b5541c", "#e8a87c")
 """Of the parts of the variance."""
+SMALL_CHANGE = 0.01
+"""Nats per token; below, the axis is linear."""
 SPREAD = 0.5
 """Room in which series stand side by side, in layers."""
 
@@ -194,3 +196,39 @@ def _band(panel: Any, steps: Sequence[int], values: Interval, colour: str, marke
     low, high = (part.double().clamp(-1e3, 1e3).numpy() for part in (values.low, values.high))
     panel.plot(steps, values.estimate.numpy(), color=colour, marker=marker, linewidth=1.4, markersize=5, label=label)
     panel.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def ablation(
+    labels: Sequence[str], whole: Interval, layers: Tensor | None, shown: Tensor | None, caption: str
+) -> Figure:
+    """Change of the loss when routing is replaced, in all layers and in each.
+
+    Args:
+        labels: of n interventions.
+        whole: ``[n]`` nats per token, in all layers.
+        layers: ``[n, L]``, in one layer alone; or None.
+        shown: bool ``[n, L]``, whether the change differs from 0, corrected.
+        caption: printed below.
+    """
+    n_layers = 0 if layers is None else layers.shape[1]
+    figure, body = titled_figure("What routing is worth to the trained model", max(12.0, 7 + 0.35 * n_layers), 5.2, caption)
+    panels = body.subplots(1, 2 if n_layers else 1, squeeze=False, width_ratios=(1, max(0.8, 0.05 * n_layers)) if n_layers else None)[0]
+    rows = range(len(labels))
+    panels[0].errorbar(whole.estimate.numpy(), rows, xerr=_reach(whole), fmt="o", color=SERIES_COLOURS[3], capsize=2)
+    panels[0].axvline(0, color=GREY, linewidth=0.8)
+    panels[0].set_xscale("symlog", linthresh=SMALL_CHANGE)
+    panels[0].set_yticks(rows, labels)
+    panels[0].invert_yaxis()
+    panels[0].grid(axis="x", color=GRID)
+    panels[0].set(title="replaced in all layers", xlabel="change of the held-out loss (nats per token)")
+    if layers is not None and shown is not None:
+        most = max(SMALL_CHANGE, layers.abs().max().item())
+        norm = SymLogNorm(SMALL_CHANGE, vmin=-most, vmax=most)
+        image = panels[1].imshow(layers.numpy(), norm=norm, cmap="PuOr_r", aspect="auto")
+        for row, layer in shown.nonzero().tolist():
+            panels[1].plot(layer, row, marker=".", color="#222222", markersize=4)
+        panels[1].set_yticks([])
+        panels[1].set(title="replaced in one layer; dot: differs from 0")
+        layer_axis(panels[1], n_layers)
+        figure.colorbar(image, ax=panels[1], label="change (nats per token)")
+    return figure
