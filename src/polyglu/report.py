@@ -22,6 +22,7 @@ CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (
 )
 """Title, unit, and label -> key of metrics.jsonl."""
 
+
 def build_report(
     title: str,
     lead: str,
@@ -65,7 +66,9 @@ def build_report(
         Section("Routing", [_routing_figure(path) for path in figures]),
         Section("Samples", [_sample_table(samples)] if samples else []),
         Section("Settings", [Code(name, _json(value)) for name, value in settings.items()]),
-        Section("Versions", [Table([Column("package"), Column("version")], list(versions.items()))] if versions else []),
+        Section(
+            "Versions", [Table([Column("package"), Column("version")], list(versions.items()))] if versions else []
+        ),
     ]
     return render(Page(title, lead, sections))
 
@@ -129,7 +132,11 @@ def _results_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _sample_table(samples: Sequence[Mapping[str, Any]]) -> Table:
-    columns = [Column("model"), Column("answer"), *(Column(name, kind="code") for name in ("prompt", "output", "expected"))]
+    columns = [
+        Column("model"),
+        Column("answer"),
+        *(Column(name, kind="code") for name in ("prompt", "output", "expected")),
+    ]
     rows = []
     for sample in samples:
         right = any(value >= 1 for value in sample["metrics"].values())

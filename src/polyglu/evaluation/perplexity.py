@@ -12,6 +12,7 @@ from polyglu.data.tokenizer import Tokenizer
 from polyglu.evaluation.scoring import rolling_requests, score
 from polyglu.model.architecture import PolychromaticLM
 
+
 def perplexity(
     model: PolychromaticLM, tokenizer: Tokenizer, tau: float, source: Path, *, max_tokens: int, batch_size: int
 ) -> dict[str, float | int]:

@@ -81,7 +81,9 @@ def interventions(means: Tensor) -> list[Intervention]:
     forced = [Intervention(f"force_{name}", f"{name} alone", _forced(k, len(names))) for k, name in enumerate(names)]
     return [
         *forced,
-        Intervention("freeze_layer", "one mean mixture for the layer", lambda r: _constant(means[r.layer].mean(0)[None])),
+        Intervention(
+            "freeze_layer", "one mean mixture for the layer", lambda r: _constant(means[r.layer].mean(0)[None])
+        ),
         Intervention("freeze_neurons", "each neuron's mean mixture", lambda r: _constant(means[r.layer])),
         Intervention("static_only", "static part alone, α", _static_only),
         Intervention("dynamic_only", "dynamic part alone, β f(h̄)", _dynamic_only),
@@ -123,7 +125,7 @@ def mean_weights(model: PolychromaticLM, documents: Sequence[Sequence[int]], tau
         size = batch.input_ids.shape[1]
         n_tokens += size
         for alpha, total, logits in zip(alphas, totals, token_logits, strict=True):
-            for part in logits.expand(-1, size, -1).split(MEAN_TOKENS, dim=1):
+            for part in torch.split(logits.expand(-1, size, -1), MEAN_TOKENS, dim=1):
                 total += torch.stack([weight.sum((0, 1)) for weight in routing_weights(alpha[None], part, tau)], dim=-1)
     return torch.stack([total / n_tokens for total in totals]).float()
 
@@ -214,7 +216,7 @@ class _Walk:
         flat = torch.tensor([token for document in targets for token in document], device=features.device)
         losses = [
             F.cross_entropy(self.model.head(part).float(), expected, reduction="none")
-            for part, expected in zip(features.split(HEAD_TOKENS), flat.split(HEAD_TOKENS), strict=True)
+            for part, expected in zip(torch.split(features, HEAD_TOKENS), torch.split(flat, HEAD_TOKENS), strict=True)
         ]
-        of_documents = torch.cat(losses).double().cpu().split(self.packing.lengths)
-        return torch.stack([losses.sum() for losses in of_documents])
+        of_documents = torch.split(torch.cat(losses).double().cpu(), list(self.packing.lengths))
+        return torch.stack([one.sum() for one in of_documents])

@@ -12,6 +12,7 @@ from polyglu.interpretability.text_routing import COMPONENTS
 from polyglu.model.activations import ACTIVATIONS
 from polyglu.page import Cell, Column, Figure, Note, Page, Paragraph, RoutingMap, Section, Table
 
+
 def analysis_page(
     title: str,
     sentences: Sequence[str],
@@ -38,11 +39,11 @@ def analysis_page(
     ]
     return Page(
         title,
-        "Routing is g = softmax((α + β f(h̄)) / τ), at the checkpoint's τ and without noise. Intervals are 95%, over documents.",
+        "g = softmax((α + β f(h̄)) / τ), at the checkpoint's τ and without noise. Intervals are 95%, over documents.",
         [
             Section(
                 "Routing on text",
-                [figures["text_routing.png"], figures["routing_variance.png"], _layer_table(written)],
+                [figures["text_routing.png"], figures["routing_variance.png"], *_layer_tables(written)],
             ),
             Section("Kinds of text", [figures["routing_kinds.png"], _pair_table(written)]),
             Section("Along a text", [Paragraph(ALONG), *maps]),
@@ -72,21 +73,28 @@ def routing_map(tokens: Sequence[str], shares: Tensor, caption: str) -> RoutingM
     return RoutingMap(tokens, activations, bounded.tolist(), preferred_activation(bounded).tolist(), caption)
 
 
-def _layer_table(written: Mapping[str, Any]) -> Table:
+def _layer_tables(written: Mapping[str, Any]) -> list[Table]:
+    """Shares and entropies, and parts of the variance; a row a layer."""
     layers = written["layers"]
     names = list(layers[0]["shares"])
-    columns = [Column("layer", kind="number", spec="d")]
-    columns += [Column(f"{name}", "share", kind="number") for name in names]
-    columns += [Column(f"entropy, {kind}", "nats", kind="number") for kind in layers[0]["entropy"]]
-    columns += [Column(name, "of variance", kind="number") for name in COMPONENTS]
-    columns += [Column("variance", "of largest", kind="number", spec=".1%")]
-    rows = []
-    for index, layer in enumerate(layers):
-        cells: list[Any] = [index, *(_interval(layer["shares"][name], ".1%") for name in names)]
-        cells += [_interval(value, ".3f") for value in layer["entropy"].values()]
-        cells += [_interval(value, ".1%") for value in layer["variance"]["components"].values()]
-        rows.append([*cells, layer["variance"]["of_largest"]])
-    return Table(columns, rows, "Routing of each layer on text; intervals are 95%, over documents")
+    columns = [Column("layer", kind="number", spec="d"), *(Column(name, "share", "number") for name in names)]
+    columns += [Column(f"{kind} entropy", "nats", "number") for kind in layers[0]["entropy"]]
+    shares: list[list[Any]] = [
+        [index, *(_interval(layer["shares"][name], ".1%") for name in names)]
+        + [_interval(value, ".3f") for value in layer["entropy"].values()]
+        for index, layer in enumerate(layers)
+    ]
+    parts = [Column("layer", kind="number", spec="d"), *(Column(name, "of variance", "number") for name in COMPONENTS)]
+    parts += [Column("variance", "of largest", "number", ".1%")]
+    variance = [
+        [index, *(_interval(value, ".1%") for value in layer["variance"]["components"].values())]
+        + [layer["variance"]["of_largest"]]
+        for index, layer in enumerate(layers)
+    ]
+    return [
+        Table(columns, shares, "Routing of each layer on text"),
+        Table(parts, variance, "Where the variance of the routing weights comes from"),
+    ]
 
 
 def _pair_table(written: Mapping[str, Any]) -> Table:

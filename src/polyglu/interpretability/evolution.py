@@ -131,10 +131,10 @@ def persistence_in_words(found: Interval | None) -> str:
     """What the correlation says about the static preferences, and no more."""
     if found is None:
         return ""
-    value = f"consecutive changes of α correlate by {found.estimate:.2f}"
+    value = f"consecutive changes of α correlate by {found.estimate:.3f}"
     if not (found.low.isfinite() and found.high.isfinite()):
         return f"Neurons' {value} (one layer: no interval)."
-    value += f" (mean over layers, 95% interval {found.low:.2f} to {found.high:.2f})"
+    value += f" (mean over layers, 95% interval {found.low:.3f} to {found.high:.3f})"
     if found.low > 0:
         return f"Neurons' {value}: their preferences keep moving the same way, as noisy updates alone would not."
     return f"Neurons' {value}: that their preferences are more than the drift of noisy updates is not shown."

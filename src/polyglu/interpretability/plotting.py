@@ -306,12 +306,13 @@ def stacked_bars(panel: Any, shares: Tensor, colours: Sequence[str]) -> None:
         bottom = bottom + values
 
 
-def activation_legend(body: Any, n_activations: int, undecided: bool = True) -> None:
-    """Names and colours of the activations above the panels, and of no preference."""
+def activation_legend(body: Any, n_activations: int, panel: Any = None) -> None:
+    """Names and colours of the activations above all panels; then the series of ``panel``, or no preference."""
     entries = [(f"{a.name} ({a.transmitter})", a.colour) for a in ACTIVATIONS[:n_activations]]
-    entries += [NO_PREFERENCE] if undecided else []
-    patches = [Patch(facecolor=colour, edgecolor=FAINT, label=label) for label, colour in entries]
-    body.legend(handles=patches, loc="outside upper left", ncols=5 if len(patches) <= 5 else 4, frameon=False)
+    entries += [NO_PREFERENCE] if panel is None else []
+    handles = [Patch(facecolor=colour, edgecolor=FAINT, label=label) for label, colour in entries]
+    handles += panel.get_legend_handles_labels()[0] if panel else []
+    body.legend(handles=handles, loc="outside upper left", ncols=5 if len(handles) <= 5 else 4, frameon=False)
 
 
 def figure_legend(body: Any, panel: Any, columns: int = 4) -> None:

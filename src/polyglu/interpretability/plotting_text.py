@@ -58,14 +58,13 @@ def text_routing(
         error_bars(right, values, index, len(entropies), SERIES_COLOURS[index], label)
     entropy_limit(right.axhline, max_entropy)
     right.set(title="entropy (nats)", ylim=entropy_range(max_entropy))
-    right.legend(frameon=False, fontsize=8)
     for panel in (left, middle, right):
         layer_axis(panel, n_layers)
         panel.set_axisbelow(True)
         panel.grid(axis="y", color=GRID)
     for panel in (left, middle):
         panel.yaxis.set_major_formatter(PercentFormatter(1))
-    activation_legend(body, n_activations, undecided=False)
+    activation_legend(body, n_activations, right)
     return figure
 
 
@@ -89,7 +88,7 @@ def routing_variance(components: Mapping[str, Tensor], of_largest: Tensor, capti
         bottom = bottom + known
     left.set(title="share of the variance of g", ylim=(0, 1))
     right.bar(range(n_layers), of_largest.numpy(), color=GREY)
-    right.set(title="variance of g, share of the largest possible", ylim=(0, max(0.02, 1.1 * of_largest.max().item())))
+    right.set(title="its size, of the largest possible", ylim=(0, max(0.02, 1.1 * of_largest.max().item())))
     for panel in (left, right):
         panel.yaxis.set_major_formatter(PercentFormatter(1))
         layer_axis(panel, n_layers)
@@ -142,7 +141,7 @@ def routing_kinds(
         right.text(column, row, text, ha="center", va="center", color="white" if value > 0.5 else "#222222")
     right.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
     right.set_yticks(range(len(kinds)), kinds)
-    right.set(title="pair by pair, ω² over all layers; in brackets: not shown")
+    right.set(title="pair by pair, over all layers\n(in brackets: difference not shown)")
     return figure
 
 
@@ -164,7 +163,6 @@ def over_training(
         _band(left, steps, values, SERIES_COLOURS[index], MARKERS[index], label)
     entropy_limit(left.axhline, max_entropy)
     left.set(title="entropy (nats), mean over layers", xlabel="step", ylim=entropy_range(max_entropy))
-    left.legend(frameon=False, fontsize=8)
     n_activations = shares.estimate.shape[1]
     for k, activation in enumerate(ACTIVATIONS[:n_activations]):
         _band(right, steps, Interval(*(part[:, k] for part in shares)), activation.colour, "o", activation.name)
@@ -172,7 +170,7 @@ def over_training(
     right.yaxis.set_major_formatter(PercentFormatter(1))
     for panel in (left, right):
         panel.grid(axis="y", color=GRID)
-    activation_legend(body, n_activations, undecided=False)
+    activation_legend(body, n_activations, left)
     return figure
 
 
@@ -211,12 +209,18 @@ def ablation(
         caption: printed below.
     """
     n_layers = 0 if layers is None else layers.shape[1]
-    figure, body = titled_figure("What routing is worth to the trained model", max(12.0, 7 + 0.35 * n_layers), 5.2, caption)
-    panels = body.subplots(1, 2 if n_layers else 1, squeeze=False, width_ratios=(1, max(0.8, 0.05 * n_layers)) if n_layers else None)[0]
+    figure, body = titled_figure(
+        "What routing is worth to the trained model", max(12.0, 7 + 0.35 * n_layers), 5.2, caption
+    )
+    panels = body.subplots(
+        1, 2 if n_layers else 1, squeeze=False, width_ratios=(1, max(0.8, 0.05 * n_layers)) if n_layers else None
+    )[0]
     rows = range(len(labels))
     panels[0].errorbar(whole.estimate.numpy(), rows, xerr=_reach(whole), fmt="o", color=SERIES_COLOURS[3], capsize=2)
     panels[0].axvline(0, color=GREY, linewidth=0.8)
     panels[0].set_xscale("symlog", linthresh=SMALL_CHANGE)
+    ends = torch.cat(list(whole)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    panels[0].set_xlim(1.5 * min(-SMALL_CHANGE, ends.min().item()), 1.5 * max(SMALL_CHANGE, ends.max().item()))
     panels[0].set_yticks(rows, labels)
     panels[0].invert_yaxis()
     panels[0].grid(axis="x", color=GRID)
@@ -230,5 +234,6 @@ def ablation(
         panels[1].set_yticks([])
         panels[1].set(title="replaced in one layer; dot: differs from 0")
         layer_axis(panels[1], n_layers)
+        panels[1].set_xlim(-0.5, n_layers - 0.5)
         figure.colorbar(image, ax=panels[1], label="change (nats per token)")
     return figure

@@ -32,12 +32,12 @@ from polyglu.interpretability.dynamic_routing import (
     shift_within_kinds,
     shifts_between_kinds,
 )
+from polyglu.interpretability.evolution import find_checkpoints
 from polyglu.interpretability.neurotransmitter_maps import (
     preference_shares,
     stack_alpha,
     static_preference,
 )
-from polyglu.interpretability.evolution import find_checkpoints
 from polyglu.interpretability.routing_entropy import entropy_stats
 from polyglu.interpretability.text_report import report_on_texts
 from polyglu.interpretability.texts import Texts, embedded_texts, read_kinds
@@ -56,7 +56,7 @@ class Analysis:
     effective: Tensor
     """``[L, F, K]``: softmax(full logits / tau), mean over all prompts."""
     entropies: dict[str, Tensor]
-    """``static`` (softmax(alpha)), ``dynamic`` (full logits at temperature 1), ``effective`` (at tau): ``[L, F]`` nats."""
+    """``static`` (softmax(alpha)), ``dynamic`` (full logits), ``effective`` (the same at tau): ``[L, F]`` nats each."""
     routing: DynamicRouting
     preference: dict[str, Any]
     """What ``static_preference`` says."""
@@ -203,10 +203,13 @@ def main(
         str | None, typer.Option(help="Tokenizer name or path, where the checkpoint does not say.")
     ] = None,
     texts: Annotated[
-        Path | None, typer.Option(help="Folder with a KIND.jsonl or KIND.txt for each kind of text; else embedded ones.")
+        Path | None,
+        typer.Option(help="Folder with a KIND.jsonl or KIND.txt for each kind of text; else embedded ones."),
     ] = None,
     documents: Annotated[int, typer.Option(min=2, help="Documents of each kind, at most.")] = TextSettings.documents,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each; shorter documents count not.")] = TextSettings.tokens,
+    tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens of each; shorter documents count not.")
+    ] = TextSettings.tokens,
     over: Annotated[
         list[str] | None,
         typer.Option(help="Other checkpoints of the run: a file, a folder, or a pattern in quotes. May be repeated."),

@@ -1,4 +1,4 @@
-"""Routing on texts, put together: numbers of a checkpoint's layers, whether kinds of text differ, and it all in words."""
+"""Routing on texts, put together: the numbers of all layers, whether kinds of text differ, and it all in words."""
 
 import math
 from collections.abc import Sequence
@@ -52,8 +52,9 @@ class TextAnalysis:
 
     @property
     def shares(self) -> Interval:
-        """Mean of g over neurons and positions: ``[L, K]``."""
-        return mean_of_groups(self.by_kind(torch.stack([layer.document_shares for layer in self.layers], dim=1)))
+        """Mean of g over neurons and positions: ``[L, K]``, in 0..1."""
+        found = mean_of_groups(self.by_kind(torch.stack([layer.document_shares for layer in self.layers], dim=1)))
+        return Interval(*(part.clamp(0, 1) for part in found))
 
     @property
     def entropies(self) -> dict[str, Interval]:
@@ -149,9 +150,9 @@ def variance_in_words(analysis: TextAnalysis) -> str:
     layer_wide = parts[COMPONENTS[1]] + parts[COMPONENTS[2]]
     own = parts[COMPONENTS[3]] + parts[COMPONENTS[4]]
     return (
-        f"Of the variance of the routing weights, {_percent(layer_wide)} is input to which all neurons of a layer answer "
-        f"alike, {_percent(static)} is a neuron's own fixed preference, and {_percent(own)} is neurons answering the "
-        f"input each in their own way (layer by layer); the variance is {_percent(largest)} of the largest possible."
+        f"Of the variance of the routing weights, {_percent(layer_wide)} is input to which all neurons of a layer "
+        f"answer alike, {_percent(static)} is a neuron's own fixed preference, and {_percent(own)} neurons' answering "
+        f"the input each in their own way (by layer); the variance is {_percent(largest)} of the largest possible."
     )
 
 
@@ -170,10 +171,8 @@ def of_largest_variance(analysis: TextAnalysis) -> Tensor:
 
 def dominant_shares(analysis: TextAnalysis) -> Tensor:
     """Share of each layer's neurons with each dominant activation: ``[L, K]``."""
-    n_activations = analysis.layers[0].neuron_weights.shape[1]
-    return torch.stack(
-        [(dominant(layer).index[:, None] == torch.arange(n_activations)).float().mean(0) for layer in analysis.layers]
-    )
+    chosen = torch.stack([dominant(layer).activation for layer in analysis.layers])  # [L, F]
+    return (chosen[..., None] == torch.arange(analysis.layers[0].neuron_weights.shape[1])).float().mean(1)
 
 
 def to_json(analysis: TextAnalysis) -> dict[str, Any]:

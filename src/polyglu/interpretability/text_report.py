@@ -93,7 +93,7 @@ def neurons(analysis: TextAnalysis) -> dict[str, Tensor]:
     found = [dominant(layer) for layer in analysis.layers]
     return {
         "mean_weights": torch.stack([layer.neuron_weights for layer in analysis.layers]),  # [L, F, K]
-        "dominant": torch.stack([one.index for one in found]).to(torch.uint8),  # [L, F]
+        "dominant": torch.stack([one.activation for one in found]).to(torch.uint8),  # [L, F]
         "lead": torch.stack([one.lead for one in found]),  # [L, F]
         "leads_at": torch.stack([one.leads_at for one in found]),  # [L, F]
     }

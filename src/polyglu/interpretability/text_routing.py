@@ -76,7 +76,7 @@ def token_logits(model: PolychromaticLM, tokens: Tensor, tau: float) -> Tensor:
     n, length = tokens.shape
     device = model.embed_tokens.weight.device
     found = []
-    for rows in tokens.split(max(1, BATCH_TOKENS // length)):
+    for rows in torch.split(tokens, max(1, BATCH_TOKENS // length)):
         _, logits = model.features(rows.to(device), tau=tau)
         found.append(torch.stack([layer.expand(-1, length, -1).float().cpu() for layer in logits]))
     return torch.cat(found, dim=1)
@@ -153,7 +153,8 @@ def _weights(alpha: Tensor, document: Tensor, tau: float) -> Tensor:
 
 def _mean_entropy(weights: Tensor) -> Tensor:
     """Of weights ``[K, P, F]``, in nats."""
-    return torch.special.entr(weights).sum(0).mean()
+    nats: Tensor = torch.special.entr(weights)
+    return nats.sum(0).mean()
 
 
 def _variance(means: Tensor, token_shares: Tensor, own_way: Tensor) -> tuple[float, Interval]:
@@ -194,16 +195,14 @@ def _components(neurons: Tensor, centre: Tensor, moments: Tensor) -> Tensor:
         moments: mean over documents of: mean_n |g[n,d,.]|^2, |g[.,d,.]|^2, and the two components of single tokens.
     """
     both, documents, token, own_way = moments
-    parts = torch.stack(
-        [neurons - centre, documents - centre, token, both - neurons - documents + centre, own_way]
-    )
+    parts = torch.stack([neurons - centre, documents - centre, token, both - neurons - documents + centre, own_way])
     return parts.clamp(min=0)  # rounding
 
 
 class Dominant(NamedTuple):
     """Of each neuron of a layer, ``[F]``."""
 
-    index: Tensor
+    activation: Tensor
     """Activation of the largest mean weight."""
     lead: Tensor
     """Its mean weight less that of the second, in 0..1."""

@@ -89,8 +89,8 @@ def embedded_texts(tokenizer: Encoder, documents: int, length: int) -> Texts:
     """
     if importlib.util.find_spec("reasoning_gym") is None:
         raise PolygluError(
-            "the sample problems come from the package reasoning_gym, which is missing: pip install 'polyglu[figures]', "
-            "or give texts of your own with --texts."
+            "the sample problems come from the package reasoning_gym, which is missing: pip install "
+            "'polyglu[figures]', or give texts of your own with --texts."
         )
     pieces: dict[str, Iterator[str]] = {kind: _problems(kind) for kind in GENERATORS}
     pieces |= {"code": iter(_definitions()), "prose": iter(_paragraphs())}
@@ -109,7 +109,7 @@ def read_kinds(folder: Path, tokenizer: Encoder, documents: int, length: int) ->
     files = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in (".jsonl", ".txt")}
     if len(files) < 2:
         raise PolygluError(
-            f"--texts {folder} has {len(files)} kinds of text, at least two are needed: a KIND.jsonl or KIND.txt for each."
+            f"--texts {folder} has {len(files)} kinds of text, two are needed: a KIND.jsonl or KIND.txt for each."
         )
     pieces = {kind: _read(path) for kind, path in files.items()}
     encoded = lambda texts: (tokenizer.encode(text) for text in texts)  # noqa: E731
