@@ -50,41 +50,47 @@ def _changes(change: Tensor, error: Tensor, freedom: int) -> list[dict[str, Any]
 
 
 def in_words(found: Sequence[Mapping[str, Any]], n_documents: int) -> list[str]:
-    """Which layers use routing, and which let it depend on the input: no more than the intervals allow."""
+    """Which layers rely on routing, and on its following the input: no more than the intervals allow."""
     by_name = {entry["name"]: entry for entry in found}
-    frozen = by_name["freeze_layer"]
-    whole = frozen["all_layers"]
     sentences = [
         f"With one fixed mixture in each layer instead of its routing, the loss on this data changes by "
-        f"{signed(whole['change'])} nats per token ({n_documents} documents)."
+        f"{signed(by_name['freeze_layer']['all_layers']['change'])} nats per token ({n_documents} documents)."
     ]
-    questions = (
-        ("freeze_layer", "use routing: with one fixed mixture in that layer alone", "uses routing"),
-        ("freeze_neurons", "route by the input: with each neuron's mean instead", "routes by the input"),
-    )
-    for name, verb, single in questions:
-        layers = by_name[name].get("layers")
-        if layers is None:
-            continue
-        shown = [index for index, layer in enumerate(layers) if layer["p_holm"] <= LEVEL]
-        rest = [index for index in range(len(layers)) if index not in shown]
-        text = ""
-        if shown:
-            changes = [layers[index]["change"]["estimate"] for index in shown]
-            low, high = f"{min(changes):+.2g}", f"{max(changes):+.2g}"
-            claim = verb if len(shown) > 1 else single + verb[verb.index(":") :]
-            span = low if low == high else f"{low} to {high}"
-            where = numbered("layer", shown)
-            text = f"{where[0].upper()}{where[1:]} {claim} the loss changes by {span} (p ≤ 0.05, Holm-corrected). "
-        if rest:
-            bounds = [layers[index]["simultaneous"] for index in rest]
-            known = [value for bound in bounds for value in (bound["low"], bound["high"]) if value is not None]
-            reach = f"; the changes lie between {min(known):+.2g} and {max(known):+.2g} (joint 95%)" if known else ""
-            where = "in any layer" if not shown else f"in {numbered('layer', rest)}"
-            what = "Use of routing" if name == "freeze_layer" else "Routing by the input"
-            text += f"{what} is not shown {where}{reach}."
-        sentences.append(text.strip())
+    for name, gain, change in (
+        ("freeze_layer", "Routing lowers the loss", "one fixed mixture in that layer alone"),
+        ("freeze_neurons", "Routing by the input lowers the loss", "each neuron's mean in that layer alone"),
+    ):
+        if "layers" in by_name[name]:
+            sentences.append(_of_layers(by_name[name]["layers"], gain, change))
     return sentences
+
+
+def _of_layers(layers: Sequence[Mapping[str, Any]], gain: str, replacement: str) -> str:
+    """In which layers the loss rises, in which it falls, and how far it may change in the others."""
+    rises, falls, rest = [], [], []
+    for index, layer in enumerate(layers):
+        estimate = layer["change"]["estimate"]
+        (rest if layer["p_holm"] > LEVEL else rises if estimate > 0 else falls).append(index)
+    parts = []
+    if rises:
+        parts.append(f"{gain} in {numbered('layer', rises)}: with {replacement} it rises by {_span(layers, rises)}")
+    if falls:
+        parts.append(f"With {replacement} the loss falls by {_span(layers, falls)} in {numbered('layer', falls)}")
+    if rest:
+        bounds = [layers[index]["simultaneous"][end] for index in rest for end in ("low", "high")]
+        known = [bound for bound in bounds if bound is not None]
+        reach = f": the change lies between {min(known):+.2g} and {max(known):+.2g} (joint 95%)" if known else ""
+        where = numbered("layer", rest) if parts else "any layer"
+        parts.append(f"With {replacement}, no change of the loss is shown in {where}{reach}")
+    corrected = f" (Holm-corrected over {len(layers)} layers, p ≤ {LEVEL})" if rises or falls else ""
+    return f"{'. '.join(parts)}{corrected}."
+
+
+def _span(layers: Sequence[Mapping[str, Any]], indices: Sequence[int]) -> str:
+    """Size of the layers' changes: ``0.012`` or ``0.012 to 0.3``."""
+    sizes = sorted(abs(layers[index]["change"]["estimate"]) for index in indices)
+    low, high = f"{sizes[0]:.2g}", f"{sizes[-1]:.2g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def draw(found: Mapping[str, Any], checkpoint: Path) -> bytes:
@@ -141,7 +147,7 @@ def _layer_table(entries: Sequence[Mapping[str, Any]]) -> list[Block]:
     if not all("layers" in entry for entry in entries):
         return []
     columns = [Column("layer", kind="number", spec="d"), *(Column(entry["label"], "", "number") for entry in entries)]
-    rows = [
+    rows: list[list[Any]] = [
         [index, *(_cell(layer) for layer in layers)]
         for index, layers in enumerate(zip(*(entry["layers"] for entry in entries), strict=True))
     ]
