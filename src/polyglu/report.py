@@ -1,13 +1,14 @@
 """The page about a run: stages, curves, figures, samples, results, settings, versions."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from polyglu.interpretability import FIGURES
-from polyglu.interpretability.plotting import curves, places, to_dark_png, to_png
-from polyglu.page import Cell, Code, Column, Figure, Gallery, Mark, Page, Section, Table, Tone, render
+from polyglu.interpretability.plotting import curves
+from polyglu.interpretability.plotting_pages import Point, page_figure
+from polyglu.page import Cell, Code, Column, Fact, Facts, Figure, Gallery, Page, Section, Table, Tone, render
 
 CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Loss", "nats per token", {"loss": "train/loss"}),
@@ -70,7 +71,7 @@ def build_report(
             "Versions", [Table([Column("package"), Column("version")], list(versions.items()))] if versions else []
         ),
     ]
-    return render(Page(title, lead, sections))
+    return render(Page(title, lead, sections, [Facts(facts)] if (facts := _facts(stages)) else []))
 
 
 def format_duration(seconds: float) -> str:
@@ -81,9 +82,23 @@ def format_duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def _facts(stages: Sequence[Mapping[str, Any]]) -> list[Fact]:
+    """What a reader asks first, of the stages that tell it."""
+    facts = []
+    for stage in stages:
+        if stage.get("accuracy") is not None:
+            before, after = stage["accuracy"]
+            facts.append(Fact("problems right, after fine-tuning", f"{after:.1%}", f"{before:.1%} before"))
+        if stage.get("loss") is not None:
+            first, last = stage["loss"]
+            facts.append(Fact(f"loss, end of {stage['name']}", f"{last:.3f}", f"{first:.3f} at the first step"))
+    seconds = sum(stage.get("seconds") or 0 for stage in stages)
+    return [*facts, Fact("time", format_duration(seconds), "all stages")] if stages else []
+
+
 def _stage_table(stages: Sequence[Mapping[str, Any]]) -> Table:
     """One row a stage; a pair is sorted by what it ends with."""
-    columns = (
+    columns: Sequence[tuple[str, str, str, Callable[[Any], Cell]]] = (
         ("time", "", "seconds", lambda seconds: Cell(format_duration(seconds), seconds)),
         ("loss", "first → last", "loss", lambda pair: Cell(f"{pair[0]:.3f} → {pair[1]:.3f}", pair[1])),
         ("accuracy", "base → fine-tuned", "accuracy", lambda pair: Cell(f"{pair[0]:.1%} → {pair[1]:.1%}", pair[1])),
@@ -126,7 +141,7 @@ def _results_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
                     found.setdefault(f"{task}: {metric} ({variant})", {})[model] = Cell(text, value)
         for source, values in evaluation.get("perplexity", {}).items():
             value = values["perplexity"]
-            found.setdefault(f"perplexity: {source}", {})[model] = Cell(f"{value:.3f}", value)
+            found.setdefault(f"perplexity: {source}", {})[model] = Cell(f"{value:,.3f}", value)
     rows = [[name, *(by_model.get(model) for model in results)] for name, by_model in found.items()]
     return Table([Column("measure"), *(Column(model, kind="number") for model in results)], rows)
 
@@ -166,14 +181,14 @@ def _curve(title: str, unit: str, series: Mapping[str, Sequence[tuple[int, float
     text = f"{title} over steps: " + "; ".join(
         f"{label} from {points[0][1]:.4g} to {points[-1][1]:.4g}" for label, points in series.items()
     )
-    drawn = curves({label: tuple(zip(*points, strict=True)) for label, points in series.items()}, title, unit)
-    panel = drawn.axes[0]
-    marks = [
-        Mark(x, y, f"step {step:,}\n{label}: {value:.4g} {unit}".rstrip())
+    lines = {label: ([step for step, _ in points], [value for _, value in points]) for label, points in series.items()}
+    drawn = curves(lines, title, unit)
+    shown = [
+        Point(drawn.axes[0], step, value, f"step {step:,}\n{label}: {value:.4g} {unit}".rstrip())
         for label, points in series.items()
-        for (step, value), (x, y) in zip(points, places(drawn, panel, points), strict=True)
+        for step, value in points
     ]
-    return Figure(to_png(drawn), text, dark=to_dark_png(drawn), marks=marks)
+    return page_figure(drawn, text, points=shown)
 
 
 def _routing_figure(path: Path) -> Figure:

@@ -8,15 +8,11 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.collections import Collection
-from matplotlib.colors import to_rgb, to_rgba_array
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.text import Text
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
@@ -44,29 +40,6 @@ def to_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()
-
-
-def to_dark_png(figure: Figure) -> bytes:
-    """Render a figure for a dark page, without a background. The figure has these colours afterwards.
-
-    Greys, white and black change places; colours stay what they mean.
-    """
-    figure.draw_without_rendering()  # makes the axes' numbers
-    for artist in figure.findobj(lambda one: isinstance(one, (Text, Line2D, Patch, Collection))):
-        kinds = ("facecolor", "edgecolor") if isinstance(artist, (Patch, Collection)) else ("color",)
-        if isinstance(artist, Line2D):
-            kinds = ("color", "markerfacecolor", "markeredgecolor")
-        artist.set(**{kind: _in_the_dark(getattr(artist, f"get_{kind}")()) for kind in kinds})
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, transparent=True)
-    return buffer.getvalue()
-
-
-def places(figure: Figure, panel: Any, points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Where data points of a panel lie in the rendered figure: shares of its width and height, from the top left."""
-    figure.draw_without_rendering()  # the layout is made when it is drawn
-    pixels = panel.transData.transform(points) / figure.bbox.size
-    return [(float(x), float(1 - y)) for x, y in pixels]
 
 
 def neurotransmitter_heatmap(static: Tensor, effective: Tensor, caption: str) -> Figure:
@@ -273,14 +246,6 @@ def titled_figure(title: str, width: float, height: float, caption: str) -> tupl
     lines = [textwrap.fill(line, int(width * 14)) for line in caption.splitlines()]
     figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=9, color=GREY)
     return figure, figure.subfigures(1, 1)
-
-
-def _in_the_dark(colours: Any) -> Any:
-    """Colours with light and dark exchanged where they are grey, by no more than a page's ink and paper differ."""
-    rgba = to_rgba_array(colours)
-    grey = np.ptp(rgba[:, :3], axis=1) < 0.02
-    rgba[grey, :3] = 0.92 - 0.8 * rgba[grey, :3]
-    return rgba if len(rgba) != 1 else tuple(rgba[0])
 
 
 def _preference_image(weights: Tensor, order: Tensor) -> Tensor:

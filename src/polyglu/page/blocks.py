@@ -86,7 +86,7 @@ class Figure:
     Args:
         png: the file's bytes, drawn on white.
         alt: what it shows, for those who cannot see it.
-        caption: below it; the default is ``alt``.
+        caption: below it, for those who see it.
         dark: the same picture for dark pages, of the same size; without one, the page puts ``png`` on a pale card.
         marks: places that tell more when pointed at, or when stepped through with the arrow keys.
         wide: keep it readable on a phone, where it then scrolls by itself.
