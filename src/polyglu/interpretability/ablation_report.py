@@ -9,10 +9,11 @@ from torch import Tensor
 
 from polyglu.interpretability import plotting_text
 from polyglu.interpretability.ablation import Losses
-from polyglu.interpretability.plotting import to_png
+from polyglu.interpretability.plotting_pages import page_figure
+from polyglu.interpretability.plotting_text import Drawn
 from polyglu.interpretability.statistics import CONFIDENCE, Interval, holm, ratio_error, t_interval, two_sided_p
 from polyglu.interpretability.text_analysis import LEVEL, described, numbered
-from polyglu.page import Block, Cell, Column, Figure, Note, Page, Paragraph, Section, Table
+from polyglu.page import Block, Cell, Column, Note, Page, Paragraph, Section, Table
 
 
 def summary(losses: Losses) -> dict[str, Any]:
@@ -67,7 +68,9 @@ def in_words(found: Sequence[Mapping[str, Any]], n_documents: int) -> list[str]:
 
 def _of_layers(layers: Sequence[Mapping[str, Any]], gain: str, replacement: str) -> str:
     """In which layers the loss rises, in which it falls, and how far it may change in the others."""
-    rises, falls, rest = [], [], []
+    rises: list[int] = []
+    falls: list[int] = []
+    rest: list[int] = []
     for index, layer in enumerate(layers):
         estimate = layer["change"]["estimate"]
         (rest if layer["p_holm"] > LEVEL else rises if estimate > 0 else falls).append(index)
@@ -93,8 +96,8 @@ def _span(layers: Sequence[Mapping[str, Any]], indices: Sequence[int]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def draw(found: Mapping[str, Any], checkpoint: Path) -> bytes:
-    """PNG of all changes."""
+def draw(found: Mapping[str, Any], checkpoint: Path) -> Drawn:
+    """All changes in one figure."""
     caption = f"{' '.join(found['sentences'])}\n{description(found, checkpoint)}"
     entries = found["interventions"]
     whole = _interval_of([entry["all_layers"]["change"] for entry in entries])
@@ -103,7 +106,7 @@ def draw(found: Mapping[str, Any], checkpoint: Path) -> bytes:
         layers = torch.tensor([[layer["change"]["estimate"] for layer in entry["layers"]] for entry in entries])
         shown = torch.tensor([[layer["p_holm"] <= LEVEL for layer in entry["layers"]] for entry in entries])
     labels = [entry["label"] for entry in entries]
-    return to_png(plotting_text.ablation(labels, whole, layers, shown, caption))
+    return plotting_text.ablation(labels, whole, layers, shown, caption)
 
 
 def _interval_of(changes: Sequence[Mapping[str, float | None]]) -> Interval:
@@ -118,8 +121,8 @@ CAUTION = (
 )
 
 
-def ablation_page(found: Mapping[str, Any], checkpoint: Path, image: bytes) -> Page:
-    """The report."""
+def ablation_page(found: Mapping[str, Any], checkpoint: Path, drawn: Drawn) -> Page:
+    """The report; the figure has dark colours afterwards."""
     entries = found["interventions"]
     alt = f"Change of the loss under {len(entries)} ways to replace the routing, in all layers and in each"
     columns = [
@@ -134,7 +137,11 @@ def ablation_page(found: Mapping[str, Any], checkpoint: Path, image: bytes) -> P
         f"Loss as trained: {loss['estimate']:.4f} nats per token. {description(found, checkpoint)}",
         [
             Section(
-                "All layers", [Figure(image, alt, wide=True), Table(columns, rows, f"Replaced in all layers. {STAR}")]
+                "All layers",
+                [
+                    page_figure(drawn.figure, alt, points=drawn.points, wide=True),
+                    Table(columns, rows, f"Replaced in all layers. {STAR}"),
+                ],
             ),
             Section("Layer by layer", _layer_table(entries)),
         ],

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from polyglu.interpretability import EVOLUTION_FIGURE, FIGURES, TEXT_FIGURES
 from polyglu.interpretability.neurotransmitter_maps import preferred_activation
+from polyglu.interpretability.plotting_pages import page_figure
+from polyglu.interpretability.plotting_text import Drawn
 from polyglu.interpretability.text_analysis import TextAnalysis
 from polyglu.interpretability.text_routing import COMPONENTS
 from polyglu.model.activations import ACTIVATIONS
@@ -18,6 +20,7 @@ def analysis_page(
     sentences: Sequence[str],
     analysis: TextAnalysis,
     written: Mapping[str, Any],
+    figures: Mapping[str, Drawn],
     images: Mapping[str, bytes],
     tokens: Sequence[Sequence[str]],
 ) -> Page:
@@ -28,11 +31,14 @@ def analysis_page(
         sentences: what the analysis found, most important first.
         analysis: of the texts.
         written: content of ``text_routing.json``.
-        images: file name -> PNG, in the order in which they are shown.
+        figures: file name -> figure; drawn in dark colours afterwards.
+        images: file name -> PNG of the guide's figures.
         tokens: texts of the tokens of each kind's example, as in ``analysis.examples``.
     """
-    figures = {name: Figure(png, (FIGURES | TEXT_FIGURES)[name], wide=True) for name, png in images.items()}
-    over = [figure for name, figure in figures.items() if name == EVOLUTION_FIGURE]
+    shown = {
+        name: page_figure(drawn.figure, TEXT_FIGURES[name], points=drawn.points, wide=True)
+        for name, drawn in figures.items()
+    }
     maps = [
         routing_map(texts, shares, f"{kind}, one text.")
         for kind, texts, shares in zip(analysis.texts.kinds, tokens, analysis.examples, strict=True)
@@ -43,12 +49,14 @@ def analysis_page(
         [
             Section(
                 "Routing on text",
-                [figures["text_routing.png"], figures["routing_variance.png"], *_layer_tables(written)],
+                [shown["text_routing.png"], shown["routing_variance.png"], *_layer_tables(written)],
             ),
-            Section("Kinds of text", [figures["routing_kinds.png"], _pair_table(written)]),
+            Section("Kinds of text", [shown["routing_kinds.png"], _pair_table(written)]),
             Section("Along a text", [Paragraph(ALONG), *maps]),
-            Section("Over training", over),
-            Section("Preferences and prompts", [figures[name] for name in FIGURES]),
+            Section("Over training", [shown[EVOLUTION_FIGURE]] if EVOLUTION_FIGURE in shown else []),
+            Section(
+                "Preferences and prompts", [Figure(images[name], text, wide=True) for name, text in FIGURES.items()]
+            ),
         ],
         [Note(sentence) for sentence in sentences if sentence],
     )

@@ -1,7 +1,8 @@
-"""Figures of routing on texts, over training and under ablation. As in ``plotting``: numbers in, a Figure out."""
+"""Figures of routing on texts, over training and under ablation: numbers in, a figure and its points' details out."""
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.colors import LinearSegmentedColormap, SymLogNorm
@@ -22,6 +23,7 @@ from polyglu.interpretability.plotting import (
     stacked_bars,
     titled_figure,
 )
+from polyglu.interpretability.plotting_pages import Point
 from polyglu.interpretability.statistics import Interval
 from polyglu.model.activations import ACTIVATIONS
 
@@ -33,9 +35,16 @@ SPREAD = 0.5
 """Room in which series stand side by side, in layers."""
 
 
+class Drawn(NamedTuple):
+    """A figure, and what its points tell on a page."""
+
+    figure: Figure
+    points: list[Point]
+
+
 def text_routing(
     shares: Interval, dominant: Tensor, entropies: Mapping[str, Interval], max_entropy: float, caption: str
-) -> Figure:
+) -> Drawn:
     """Shares of the activations, neurons by dominant activation, and entropies, by layer.
 
     Args:
@@ -48,14 +57,15 @@ def text_routing(
     n_layers, n_activations = dominant.shape
     figure, body = titled_figure("Routing on text", max(13.0, 0.45 * n_layers), 4.8, caption)
     left, middle, right = body.subplots(1, 3)
+    points = []
     for k, activation in enumerate(ACTIVATIONS[:n_activations]):
         values = Interval(*(part[:, k] for part in shares))
-        error_bars(left, values, k, n_activations, activation.colour)
+        points += error_bars(left, values, k, n_activations, activation.colour, ".1%", activation.name, named=False)
     left.set(title="share of the routing weight", ylim=(-0.03, 1.03))
     stacked_bars(middle, dominant, [activation.colour for activation in ACTIVATIONS[:n_activations]])
     middle.set(title="neurons by dominant activation", ylim=(0, 1))
     for index, (label, values) in enumerate(entropies.items()):
-        error_bars(right, values, index, len(entropies), SERIES_COLOURS[index], label)
+        points += error_bars(right, values, index, len(entropies), SERIES_COLOURS[index], ".3f", label)
     entropy_limit(right.axhline, max_entropy)
     right.set(title="entropy (nats)", ylim=entropy_range(max_entropy))
     for panel in (left, middle, right):
@@ -65,10 +75,10 @@ def text_routing(
     for panel in (left, middle):
         panel.yaxis.set_major_formatter(PercentFormatter(1))
     activation_legend(body, n_activations, right)
-    return figure
+    return Drawn(figure, points)
 
 
-def routing_variance(components: Mapping[str, Tensor], of_largest: Tensor, caption: str) -> Figure:
+def routing_variance(components: Mapping[str, Tensor], of_largest: Tensor, caption: str) -> Drawn:
     """Where the variance of the routing weights comes from, and how large it is, by layer.
 
     Args:
@@ -82,9 +92,13 @@ def routing_variance(components: Mapping[str, Tensor], of_largest: Tensor, capti
     )
     left, right = body.subplots(1, 2, width_ratios=(2, 1))
     bottom, width = torch.zeros(n_layers), 0.85 if n_layers <= 40 else 1.0
+    points = []
     for (name, values), colour in zip(components.items(), COMPONENT_COLOURS, strict=True):
         known = values.nan_to_num(nan=0.0).float()
         left.bar(range(n_layers), known.numpy(), width, bottom.numpy(), color=colour, label=name)
+        for layer in range(n_layers):
+            middle = (bottom[layer] + known[layer] / 2).item()
+            points.append(Point(left, layer, middle, f"layer {layer}, {name}: {known[layer]:.1%}"))
         bottom = bottom + known
     left.set(title="share of the variance of g", ylim=(0, 1))
     right.bar(range(n_layers), of_largest.numpy(), color=GREY)
@@ -95,12 +109,12 @@ def routing_variance(components: Mapping[str, Tensor], of_largest: Tensor, capti
         panel.set_axisbelow(True)
         panel.grid(axis="y", color=GRID)
     figure_legend(body, left, 5)
-    return figure
+    return Drawn(figure, points)
 
 
 def routing_kinds(
     effect: Interval, p_values: Tensor, kinds: Sequence[str], pairs: Tensor, pair_p: Tensor, caption: str
-) -> Figure:
+) -> Drawn:
     """How routing differs between kinds of text: by layer, and pair by pair.
 
     Args:
@@ -142,12 +156,17 @@ def routing_kinds(
     right.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
     right.set_yticks(range(len(kinds)), kinds)
     right.set(title="pair by pair, over all layers\n(in brackets: difference not shown)")
-    return figure
+    told = [
+        f"layer {layer}: {_told(effect, layer, '.1%')}, corrected p = {p:.2g}"
+        for layer, p in enumerate(p_values.tolist())
+    ]
+    points = [Point(left, layer, effect.estimate[layer].item(), text) for layer, text in enumerate(told)]
+    return Drawn(figure, points)
 
 
 def over_training(
     steps: Sequence[int], entropies: Mapping[str, Interval], shares: Interval, max_entropy: float, caption: str
-) -> Figure:
+) -> Drawn:
     """Entropy and shares over the steps of a run.
 
     Args:
@@ -159,29 +178,56 @@ def over_training(
     """
     figure, body = titled_figure("Routing over training", 12, 4.8, caption)
     left, right = body.subplots(1, 2)
+    points = []
     for index, (label, values) in enumerate(entropies.items()):
-        _band(left, steps, values, SERIES_COLOURS[index], MARKERS[index], label)
+        points += _band(left, steps, values, SERIES_COLOURS[index], MARKERS[index], ".3f", label)
     entropy_limit(left.axhline, max_entropy)
     left.set(title="entropy (nats), mean over layers", xlabel="step", ylim=entropy_range(max_entropy))
     n_activations = shares.estimate.shape[1]
     for k, activation in enumerate(ACTIVATIONS[:n_activations]):
-        _band(right, steps, Interval(*(part[:, k] for part in shares)), activation.colour, "o", activation.name)
+        values = Interval(*(part[:, k] for part in shares))
+        points += _band(right, steps, values, activation.colour, "o", ".1%", activation.name)
     right.set(title="share of the routing weight on text, mean over layers", xlabel="step", ylim=(-0.03, 1.03))
     right.yaxis.set_major_formatter(PercentFormatter(1))
     for panel in (left, right):
         panel.grid(axis="y", color=GRID)
     activation_legend(body, n_activations, left)
-    return figure
+    return Drawn(figure, points)
 
 
-def error_bars(panel: Any, values: Interval, index: int, count: int, colour: str, label: str | None = None) -> None:
-    """Draw a series ``[L]`` with its intervals, beside those of the other series."""
+def error_bars(
+    panel: Any, values: Interval, index: int, count: int, colour: str, spec: str, label: str, named: bool = True
+) -> list[Point]:
+    """Draw a series ``[L]`` with its intervals, beside those of the other series; return its points.
+
+    Args:
+        panel: axes.
+        values: of the layers.
+        index: of the series.
+        count: of series.
+        colour: of the series.
+        spec: how its numbers are written.
+        label: its name.
+        named: put it into the legend.
+    """
     layers = torch.arange(len(values.estimate)) + SPREAD * ((index + 0.5) / count - 0.5)
     size = 5 if len(layers) <= 15 else 3
     panel.errorbar(
         layers.numpy(), values.estimate.numpy(), yerr=_reach(values), color=colour, fmt=MARKERS[index % len(MARKERS)],
-        linestyle="-", linewidth=0.8, markersize=size, capsize=2, label=label,
+        linestyle="-", linewidth=0.8, markersize=size, capsize=2, label=label if named else None,
     )  # fmt: skip
+    return [
+        Point(panel, x, y, f"layer {layer}, {label}: {_told(values, layer, spec)}")
+        for layer, (x, y) in enumerate(zip(layers.tolist(), values.estimate.tolist(), strict=True))
+    ]
+
+
+def _told(values: Interval, index: int, spec: str) -> str:
+    """An estimate, with its interval where it has one."""
+    estimate, low, high = (part[index].item() for part in values)
+    if low == high or not (math.isfinite(low) and math.isfinite(high)):
+        return format(estimate, spec)
+    return f"{estimate:{spec}} ({low:{spec}} to {high:{spec}})"
 
 
 def _reach(values: Interval) -> Any:
@@ -190,15 +236,21 @@ def _reach(values: Interval) -> Any:
     return reach.clamp(min=0).nan_to_num(nan=0.0, posinf=0.0).numpy()
 
 
-def _band(panel: Any, steps: Sequence[int], values: Interval, colour: str, marker: str, label: str) -> None:
+def _band(
+    panel: Any, steps: Sequence[int], values: Interval, colour: str, marker: str, spec: str, label: str
+) -> list[Point]:
     low, high = (part.double().clamp(-1e3, 1e3).numpy() for part in (values.low, values.high))
     panel.plot(steps, values.estimate.numpy(), color=colour, marker=marker, linewidth=1.4, markersize=5, label=label)
     panel.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+    return [
+        Point(panel, step, values.estimate[index].item(), f"step {step:,}, {label}: {_told(values, index, spec)}")
+        for index, step in enumerate(steps)
+    ]
 
 
 def ablation(
     labels: Sequence[str], whole: Interval, layers: Tensor | None, shown: Tensor | None, caption: str
-) -> Figure:
+) -> Drawn:
     """Change of the loss when routing is replaced, in all layers and in each.
 
     Args:
@@ -236,4 +288,13 @@ def ablation(
         layer_axis(panels[1], n_layers)
         panels[1].set_xlim(-0.5, n_layers - 0.5)
         figure.colorbar(image, ax=panels[1], label="change (nats per token)")
-    return figure
+    points = [
+        Point(panels[0], whole.estimate[row].item(), row, f"{label}, all layers: {_told(whole, row, '+.2g')}")
+        for row, label in enumerate(labels)
+    ]
+    for row, changes in enumerate([] if layers is None else layers.tolist()):
+        points += [
+            Point(panels[1], layer, row, f"{labels[row]}, layer {layer}: {change:+.2g}")
+            for layer, change in enumerate(changes)
+        ]
+    return Drawn(figure, points)

@@ -15,6 +15,7 @@ from polyglu.interpretability import EVOLUTION_FIGURE, NEURON_FILE, PAGE_FILE, T
 from polyglu.interpretability.analysis_page import analysis_page
 from polyglu.interpretability.neurotransmitter_maps import stack_alpha
 from polyglu.interpretability.plotting import to_png
+from polyglu.interpretability.plotting_text import Drawn
 from polyglu.interpretability.statistics import Interval
 from polyglu.interpretability.text_analysis import (
     TextAnalysis,
@@ -75,12 +76,13 @@ def report_on_texts(
         snapshots = evolution.follow(opened, checkpoint, others, texts)
         written["over_training"] = evolution.to_json(snapshots)
         sentences.append(written["over_training"]["persistence_sentence"])
-        figures[EVOLUTION_FIGURE] = draw_evolution(snapshots, analysis, f"{sentences[-1]}\n{_of_texts(texts)}")
+        figures[EVOLUTION_FIGURE] = draw_evolution(snapshots, f"{sentences[-1]}\n{_of_texts(texts)}")
     written["sentences"] = [sentence for sentence in sentences if sentence]
     firsts = [int((texts.labels == index).nonzero()[0]) for index in range(len(texts.kinds))]
     tokens = [[opened.tokenizer.decode([token]) for token in texts.tokens[row].tolist()] for row in firsts]
-    page = analysis_page(f"Routing of {checkpoint.name}", sentences, analysis, written, {**images, **figures}, tokens)
-    files = figures | {
+    files = {name: to_png(drawn.figure) for name, drawn in figures.items()}  # before the page's dark colours
+    page = analysis_page(f"Routing of {checkpoint.name}", sentences, analysis, written, figures, images, tokens)
+    files |= {
         TEXT_FILE: json_text(written).encode(),
         NEURON_FILE: save(neurons(analysis)),
         PAGE_FILE: render(page).encode(),
@@ -99,8 +101,8 @@ def neurons(analysis: TextAnalysis) -> dict[str, Tensor]:
     }
 
 
-def draw(analysis: TextAnalysis, static_note: str, caption: str) -> dict[str, bytes]:
-    """File name -> PNG of the three figures of one checkpoint."""
+def draw(analysis: TextAnalysis, static_note: str, caption: str) -> dict[str, Drawn]:
+    """File name -> figure: the three of one checkpoint."""
     kinds, maximum = analysis.texts.kinds, math.log(analysis.layers[0].neuron_weights.shape[1])
     pairs = torch.full((len(kinds), len(kinds)), torch.nan, dtype=torch.float64)
     p_values = torch.ones_like(pairs)
@@ -111,7 +113,7 @@ def draw(analysis: TextAnalysis, static_note: str, caption: str) -> dict[str, by
     entropies = {ENTROPIES[name]: values for name, values in analysis.entropies.items()}
     shares = dominant_shares(analysis)
     largest = of_largest_variance(analysis)
-    figures = {
+    return {
         "text_routing.png": plotting_text.text_routing(
             analysis.shares, shares, entropies, maximum, f"{static_note}\n{caption}"
         ),
@@ -122,11 +124,10 @@ def draw(analysis: TextAnalysis, static_note: str, caption: str) -> dict[str, by
             analysis.kinds.effect, analysis.corrected, kinds, pairs, p_values, f"{kinds_in_words(analysis)}\n{caption}"
         ),
     }
-    return {name: to_png(figure) for name, figure in figures.items()}
 
 
-def draw_evolution(snapshots: Sequence[evolution.Snapshot], analysis: TextAnalysis, caption: str) -> bytes:
-    """PNG of entropies and shares over steps."""
+def draw_evolution(snapshots: Sequence[evolution.Snapshot], caption: str) -> Drawn:
+    """Entropies and shares over steps."""
     static = torch.tensor([one.static_entropy for one in snapshots])
     entropies = {ENTROPIES["static"]: Interval(static, static, static)}
     for index, name in enumerate(("dynamic", "effective")):
@@ -135,7 +136,7 @@ def draw_evolution(snapshots: Sequence[evolution.Snapshot], analysis: TextAnalys
     shares = Interval(*(torch.stack([one.shares[part] for one in snapshots]) for part in range(3)))
     maximum = math.log(shares.estimate.shape[1])
     steps = [one.step for one in snapshots]
-    return to_png(plotting_text.over_training(steps, entropies, shares, maximum, caption))
+    return plotting_text.over_training(steps, entropies, shares, maximum, caption)
 
 
 def _of_texts(texts: Texts) -> str:
