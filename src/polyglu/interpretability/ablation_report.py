@@ -9,7 +9,6 @@ from torch import Tensor
 
 from polyglu.interpretability import plotting_text
 from polyglu.interpretability.ablation import Losses
-from polyglu.interpretability.plotting_pages import page_figure
 from polyglu.interpretability.plotting_text import Drawn
 from polyglu.interpretability.statistics import CONFIDENCE, Interval, holm, ratio_error, t_interval, two_sided_p
 from polyglu.interpretability.text_analysis import LEVEL, described, numbered
@@ -139,7 +138,7 @@ def ablation_page(found: Mapping[str, Any], checkpoint: Path, drawn: Drawn) -> P
             Section(
                 "All layers",
                 [
-                    page_figure(drawn.figure, alt, points=drawn.points, wide=True),
+                    drawn.on_page(alt),
                     Table(columns, rows, f"Replaced in all layers. {STAR}"),
                 ],
             ),

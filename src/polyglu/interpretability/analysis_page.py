@@ -7,7 +7,6 @@ from torch import Tensor
 
 from polyglu.interpretability import EVOLUTION_FIGURE, FIGURES, TEXT_FIGURES
 from polyglu.interpretability.neurotransmitter_maps import preferred_activation
-from polyglu.interpretability.plotting_pages import page_figure
 from polyglu.interpretability.plotting_text import Drawn
 from polyglu.interpretability.text_analysis import TextAnalysis
 from polyglu.interpretability.text_routing import COMPONENTS
@@ -35,10 +34,8 @@ def analysis_page(
         images: file name -> PNG of the guide's figures.
         tokens: texts of the tokens of each kind's example, as in ``analysis.examples``.
     """
-    shown = {
-        name: page_figure(drawn.figure, TEXT_FIGURES[name], points=drawn.points, wide=True)
-        for name, drawn in figures.items()
-    }
+    shown = {name: drawn.on_page(TEXT_FIGURES[name]) for name, drawn in figures.items()}
+    shares, variance = _layer_tables(written)
     maps = [
         routing_map(texts, shares, f"{kind}, one text.")
         for kind, texts, shares in zip(analysis.texts.kinds, tokens, analysis.examples, strict=True)
@@ -49,7 +46,7 @@ def analysis_page(
         [
             Section(
                 "Routing on text",
-                [shown["text_routing.png"], shown["routing_variance.png"], *_layer_tables(written)],
+                [shown["text_routing.png"], shares, shown["routing_variance.png"], variance],
             ),
             Section("Kinds of text", [shown["routing_kinds.png"], _pair_table(written)]),
             Section("Along a text", [Paragraph(ALONG), *maps]),
@@ -81,7 +78,7 @@ def routing_map(tokens: Sequence[str], shares: Tensor, caption: str) -> RoutingM
     return RoutingMap(tokens, activations, bounded.tolist(), preferred_activation(bounded).tolist(), caption)
 
 
-def _layer_tables(written: Mapping[str, Any]) -> list[Table]:
+def _layer_tables(written: Mapping[str, Any]) -> tuple[Table, Table]:
     """Shares and entropies, and parts of the variance; a row a layer."""
     layers = written["layers"]
     names = list(layers[0]["shares"])
@@ -99,10 +96,10 @@ def _layer_tables(written: Mapping[str, Any]) -> list[Table]:
         + [layer["variance"]["of_largest"]]
         for index, layer in enumerate(layers)
     ]
-    return [
+    return (
         Table(columns, shares, "Routing of each layer on text"),
         Table(parts, variance, "Where the variance of the routing weights comes from"),
-    ]
+    )
 
 
 def _pair_table(written: Mapping[str, Any]) -> Table:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
+from polyglu import page
 from polyglu.interpretability.plotting import (
     GREY,
     GRID,
@@ -23,7 +25,7 @@ from polyglu.interpretability.plotting import (
     stacked_bars,
     titled_figure,
 )
-from polyglu.interpretability.plotting_pages import Point
+from polyglu.interpretability.plotting_pages import Point, page_figure
 from polyglu.interpretability.statistics import Interval
 from polyglu.model.activations import ACTIVATIONS
 
@@ -40,6 +42,13 @@ class Drawn(NamedTuple):
 
     figure: Figure
     points: list[Point]
+    themed: bool = True
+    """Can be drawn in dark colours; not so what is written on a colour map."""
+
+    def on_page(self, alt: str) -> page.Figure:
+        """Make a page's figure; this one may have dark colours afterwards, so it is saved as a file before."""
+        shown = page_figure(self.figure, alt, points=self.points, wide=True)
+        return shown if self.themed else replace(shown, dark=None)
 
 
 def text_routing(
@@ -161,7 +170,7 @@ def routing_kinds(
         for layer, p in enumerate(p_values.tolist())
     ]
     points = [Point(left, layer, effect.estimate[layer].item(), text) for layer, text in enumerate(told)]
-    return Drawn(figure, points)
+    return Drawn(figure, points, themed=False)
 
 
 def over_training(
@@ -297,4 +306,4 @@ def ablation(
             Point(panels[1], layer, row, f"{labels[row]}, layer {layer}: {change:+.2g}")
             for layer, change in enumerate(changes)
         ]
-    return Drawn(figure, points)
+    return Drawn(figure, points, themed=layers is None)
