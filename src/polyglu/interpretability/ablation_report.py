@@ -9,10 +9,9 @@ from torch import Tensor
 
 from polyglu.interpretability import plotting_text
 from polyglu.interpretability.ablation import Losses
-from polyglu.interpretability.plotting_text import Drawn
 from polyglu.interpretability.statistics import CONFIDENCE, Interval, holm, ratio_error, t_interval, two_sided_p
 from polyglu.interpretability.text_analysis import LEVEL, described, numbered
-from polyglu.page import Block, Cell, Column, Note, Page, Paragraph, Section, Table
+from polyglu.page import Block, Cell, Column, Figure, Note, Page, Paragraph, Section, Table
 
 
 def summary(losses: Losses) -> dict[str, Any]:
@@ -95,8 +94,8 @@ def _span(layers: Sequence[Mapping[str, Any]], indices: Sequence[int]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def draw(found: Mapping[str, Any], checkpoint: Path) -> Drawn:
-    """All changes in one figure."""
+def draw(found: Mapping[str, Any], checkpoint: Path) -> Figure:
+    """All changes in one figure, for a page; its PNG is the file."""
     caption = f"{' '.join(found['sentences'])}\n{description(found, checkpoint)}"
     entries = found["interventions"]
     whole = _interval_of([entry["all_layers"]["change"] for entry in entries])
@@ -105,7 +104,8 @@ def draw(found: Mapping[str, Any], checkpoint: Path) -> Drawn:
         layers = torch.tensor([[layer["change"]["estimate"] for layer in entry["layers"]] for entry in entries])
         shown = torch.tensor([[layer["p_holm"] <= LEVEL for layer in entry["layers"]] for entry in entries])
     labels = [entry["label"] for entry in entries]
-    return plotting_text.ablation(labels, whole, layers, shown, caption)
+    alt = f"Change of the loss under {len(entries)} ways to replace the routing, in all layers and in each"
+    return plotting_text.ablation(labels, whole, layers, shown, caption).on_page(alt)
 
 
 def _interval_of(changes: Sequence[Mapping[str, float | None]]) -> Interval:
@@ -120,10 +120,9 @@ CAUTION = (
 )
 
 
-def ablation_page(found: Mapping[str, Any], checkpoint: Path, drawn: Drawn) -> Page:
-    """The report; the figure has dark colours afterwards."""
+def ablation_page(found: Mapping[str, Any], checkpoint: Path, figure: Figure) -> Page:
+    """The report."""
     entries = found["interventions"]
-    alt = f"Change of the loss under {len(entries)} ways to replace the routing, in all layers and in each"
     columns = [
         Column("routing"),
         Column("change", "nats per token, 95% interval", "number"),
@@ -138,7 +137,7 @@ def ablation_page(found: Mapping[str, Any], checkpoint: Path, drawn: Drawn) -> P
             Section(
                 "All layers",
                 [
-                    drawn.on_page(alt),
+                    figure,
                     Table(columns, rows, f"Replaced in all layers. {STAR}"),
                 ],
             ),

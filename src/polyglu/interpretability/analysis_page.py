@@ -5,9 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from polyglu.interpretability import EVOLUTION_FIGURE, FIGURES, TEXT_FIGURES
+from polyglu.interpretability import EVOLUTION_FIGURE, FIGURES
 from polyglu.interpretability.neurotransmitter_maps import preferred_activation
-from polyglu.interpretability.plotting_text import Drawn
 from polyglu.interpretability.text_analysis import TextAnalysis
 from polyglu.interpretability.text_routing import COMPONENTS
 from polyglu.model.activations import ACTIVATIONS
@@ -19,7 +18,7 @@ def analysis_page(
     sentences: Sequence[str],
     analysis: TextAnalysis,
     written: Mapping[str, Any],
-    figures: Mapping[str, Drawn],
+    figures: Mapping[str, Figure],
     images: Mapping[str, bytes],
     tokens: Sequence[Sequence[str]],
 ) -> Page:
@@ -30,11 +29,10 @@ def analysis_page(
         sentences: what the analysis found, most important first.
         analysis: of the texts.
         written: content of ``text_routing.json``.
-        figures: file name -> figure; drawn in dark colours afterwards.
+        figures: file name -> figure of the routing on texts.
         images: file name -> PNG of the guide's figures.
         tokens: texts of the tokens of each kind's example, as in ``analysis.examples``.
     """
-    shown = {name: drawn.on_page(TEXT_FIGURES[name]) for name, drawn in figures.items()}
     shares, variance = _layer_tables(written)
     maps = [
         routing_map(texts, shares, f"{kind}, one text.")
@@ -46,11 +44,11 @@ def analysis_page(
         [
             Section(
                 "Routing on text",
-                [shown["text_routing.png"], shares, shown["routing_variance.png"], variance],
+                [figures["text_routing.png"], shares, figures["routing_variance.png"], variance],
             ),
-            Section("Kinds of text", [shown["routing_kinds.png"], _pair_table(written)]),
+            Section("Kinds of text", [figures["routing_kinds.png"], _pair_table(written)]),
             Section("Along a text", [Paragraph(ALONG), *maps]),
-            Section("Over training", [shown[EVOLUTION_FIGURE]] if EVOLUTION_FIGURE in shown else []),
+            Section("Over training", [figures[EVOLUTION_FIGURE]] if EVOLUTION_FIGURE in figures else []),
             Section(
                 "Preferences and prompts", [Figure(images[name], text, wide=True) for name, text in FIGURES.items()]
             ),

@@ -46,7 +46,7 @@ class Drawn(NamedTuple):
     """Can be drawn in dark colours; not so what is written on a colour map."""
 
     def on_page(self, alt: str) -> page.Figure:
-        """Make a page's figure; this one may have dark colours afterwards, so it is saved as a file before."""
+        """Make a page's figure; this one may have dark colours afterwards."""
         shown = page_figure(self.figure, alt, points=self.points, wide=True)
         return shown if self.themed else replace(shown, dark=None)
 

@@ -19,7 +19,6 @@ from polyglu.inference import Inference, open_for_inference
 from polyglu.interpretability.ablation import interventions, mean_weights, measure, passes
 from polyglu.interpretability.ablation_report import ablation_page, draw, signed, summary
 from polyglu.interpretability.neurotransmitter_maps import stack_alpha
-from polyglu.interpretability.plotting import to_png
 from polyglu.interpretability.statistics import CONFIDENCE
 from polyglu.logs import configure_logging
 from polyglu.page import render
@@ -69,10 +68,9 @@ def ablate_checkpoint(
         "confidence": CONFIDENCE,
         **summary(losses),
     }
-    drawn = draw(found, checkpoint)
-    image = to_png(drawn.figure)  # before the page's dark colours
-    page = render(ablation_page(found, checkpoint, drawn))
-    files = {PNG: image, JSON: json_text(found).encode(), HTML: page.encode()}
+    figure = draw(found, checkpoint)
+    page = render(ablation_page(found, checkpoint, figure))
+    files = {PNG: figure.png, JSON: json_text(found).encode(), HTML: page.encode()}
     for name, content in files.items():
         write_atomically(output / name, lambda file, content=content: file.write(content))  # type: ignore[misc]
     return found

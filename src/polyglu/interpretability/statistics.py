@@ -121,7 +121,9 @@ def group_difference(gram: Tensor, labels: Tensor, generator: torch.Generator) -
     low, high = samples.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=1)
     shift = effect - samples.mean(1)
     return Difference(
-        pseudo_f[:, 0], (exceeding + 1) / (PERMUTATIONS + 1), Interval(effect, low + shift, (high + shift).clamp(max=1))
+        pseudo_f[:, 0],
+        (exceeding + 1).double() / (PERMUTATIONS + 1),
+        Interval(effect, low + shift, (high + shift).clamp(max=1)),
     )
 
 

@@ -11,10 +11,17 @@ from torch import Tensor
 
 from polyglu.files import json_text
 from polyglu.inference import Inference
-from polyglu.interpretability import EVOLUTION_FIGURE, NEURON_FILE, PAGE_FILE, TEXT_FILE, evolution, plotting_text
+from polyglu.interpretability import (
+    EVOLUTION_FIGURE,
+    NEURON_FILE,
+    PAGE_FILE,
+    TEXT_FIGURES,
+    TEXT_FILE,
+    evolution,
+    plotting_text,
+)
 from polyglu.interpretability.analysis_page import analysis_page
 from polyglu.interpretability.neurotransmitter_maps import stack_alpha
-from polyglu.interpretability.plotting import to_png
 from polyglu.interpretability.plotting_text import Drawn
 from polyglu.interpretability.statistics import Interval
 from polyglu.interpretability.text_analysis import (
@@ -80,9 +87,9 @@ def report_on_texts(
     written["sentences"] = [sentence for sentence in sentences if sentence]
     firsts = [int((texts.labels == index).nonzero()[0]) for index in range(len(texts.kinds))]
     tokens = [[opened.tokenizer.decode([token]) for token in texts.tokens[row].tolist()] for row in firsts]
-    files = {name: to_png(drawn.figure) for name, drawn in figures.items()}  # before the page's dark colours
-    page = analysis_page(f"Routing of {checkpoint.name}", sentences, analysis, written, figures, images, tokens)
-    files |= {
+    shown = {name: drawn.on_page(TEXT_FIGURES[name]) for name, drawn in figures.items()}
+    page = analysis_page(f"Routing of {checkpoint.name}", sentences, analysis, written, shown, images, tokens)
+    files = {name: figure.png for name, figure in shown.items()} | {
         TEXT_FILE: json_text(written).encode(),
         NEURON_FILE: save(neurons(analysis)),
         PAGE_FILE: render(page).encode(),
