@@ -1,10 +1,13 @@
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import sharp_model
+from safetensors.torch import load_file
 
 from polyglu.interpretability.text_routing import (
     COMPONENTS,
@@ -16,6 +19,9 @@ from polyglu.interpretability.text_routing import (
     token_logits,
     token_shares,
 )
+from polyglu.model.model import load_checkpoint
+
+FIXTURE = Path(__file__).parents[2] / "fixtures/reference_model"
 
 
 def random_layer(
@@ -125,3 +131,13 @@ def test_logits_are_the_models_own_in_any_batch(scope: str, monkeypatch: pytest.
         torch.testing.assert_close(found[:, row], torch.stack([layer[0].expand(12, -1) for layer in alone]))
     layers = list(route_layers(torch.stack([block.mlp.alpha for block in model.layers]).detach(), found, 0.4))
     assert len(layers) == 2 and not math.isnan(layers[0].total_variance)
+
+
+def test_dynamic_entropies_of_the_published_layout_are_the_published_ones() -> None:
+    model, _, tau = load_checkpoint(FIXTURE / "portable.pt")
+    tokens = load_file(FIXTURE / "expected.safetensors")["input_ids"]
+    alpha = torch.stack([block.mlp.alpha for block in model.layers]).detach()
+    expected = json.loads((FIXTURE / "expected.json").read_text())["dynamic_routing_entropy"]
+    for index, layer in enumerate(route_layers(alpha, token_logits(model, tokens, tau), tau)):
+        found = layer.entropies[:, 0].mean().item()
+        assert found == pytest.approx(expected[f"dynamic_routing_entropy/layer_{index}"], rel=1e-4)
