@@ -106,7 +106,7 @@ else:
     subprocess.run([sys.executable, "-W", "error::ImportWarning", "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("verb", ["demo", "data", "train", "sft", "eval", "analyze", "generate"])
+@pytest.mark.parametrize("verb", ["demo", "data", "train", "sft", "eval", "analyze", "ablate", "generate"])
 def test_help_offers_the_stages(verb: str) -> None:
     from typer.testing import CliRunner
 
