@@ -111,14 +111,16 @@ def analyze_checkpoint(
     check_writable(output, "--output folder")
     others = find_checkpoints(settings.over) if settings else []
     opened = open_for_inference(checkpoint, tokenizer)
+    stack_alpha(opened.model)  # refuses a model without routing
+    texts = settings.read(opened) if settings else None
     analysis = analyze(opened.model, opened.tokenizer, opened.tau)
     stats = make_stats(analysis, checkpoint, opened)
     description = _describe(checkpoint, opened)
     images = draw(analysis, description)
     found: dict[str, Any] = {**stats, "figures": [str(output / name) for name in images]}
     files = {STATS_FILE: json_text(stats).encode()}
-    if settings:
-        on_text = report_on_texts(opened, checkpoint, settings.read(opened), others, stats, images, description)
+    if texts is not None:
+        on_text = report_on_texts(opened, checkpoint, texts, others, stats, images, description)
         files |= on_text.files
         found["text_routing"] = on_text.written
     for name, content in (images | files).items():

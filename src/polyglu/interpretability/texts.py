@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from polyglu.data.held_out import read_texts
 from polyglu.errors import PolygluError
+from polyglu.interpretability.dynamic_routing import Encoder
 
 GENERATORS: dict[str, dict[str, dict[str, int]]] = {
     "arithmetic": {
@@ -50,13 +50,6 @@ PROSE_CHARACTERS = 0.94
 """Share of letters, blanks, commas and full stops from which on a paragraph is prose."""
 MOST_PIECES = 200_000
 """Problems of a generator."""
-
-
-class Encoder(Protocol):
-    """What is needed of a tokenizer."""
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
 
 
 @dataclass(frozen=True)
