@@ -59,6 +59,7 @@ class HtmlPage(html.parser.HTMLParser):
             return
         tag, values = self._open[-1]
         if values.get("type") == "application/json":
+            assert not set("<>&") & set(data)  # could end the element, or its script
             self.data.append(json.loads(data))
         elif tag in ("style", "script"):
             self.digests[tag] = "sha256-" + base64.b64encode(hashlib.sha256(data.encode()).digest()).decode()

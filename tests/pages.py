@@ -21,7 +21,7 @@ from polyglu.page import (
 )
 
 ACTIVATIONS = (("ReLU", "#d1495b"), ("Tanh", "#2e86ab"), ("SiLU", "#edae49"))
-ROWS = (("b", 10.0), ("a", 9.5), ("d", None), ("c", 9.5), ("e", 1e-7), ("f", -3.0), ("g", math.nan))
+ROWS = (("b", 10.0), ("a", 9.5), ("d", None), ("c", 9.5), ("e", 1e-7), ("f", -3.0), ("g", math.nan), ("h", -20.0))
 
 
 def routing_map(tokens: list[str], n_layers: int, name: str = "ReLU") -> RoutingMap:
@@ -40,11 +40,14 @@ def full_page(png: bytes, dark: bytes, text: Callable[[str], str] = lambda usual
     rows = [[text(name), value, Cell(text("high"), tone="good")] for name, value in ROWS]
     numbers = [Column(text("name")), Column(text("loss"), text("nats"), "number", ".3f"), Column(text("verdict"))]
     wide = [Column(text(f"column number {index}"), kind="code") for index in range(9)]
+    wide_caption = text("A caption of many words, which is wider than a phone and stays in sight: " + "word " * 20)
     figures = [
         Figure(png, text("A curve that falls"), text("Loss"), dark, [Mark(0.5, 0.25, text("step 7"))]),
         Figure(png, text("A map"), wide=True),
     ]
-    first = Section(text("Tables"), [Table(numbers, rows, text("Losses")), Table(wide, [[text("cell\n  one")] * 9])])
+    first = Section(
+        text("Tables"), [Table(numbers, rows, text("Losses")), Table(wide, [[text("cell\n  one")] * 9], wide_caption)]
+    )
     second = Section(text("Figures"), [figures[1], Gallery([figures[0]] * 2)])
     third = Section(
         text("Texts"),

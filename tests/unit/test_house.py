@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "interpretability": {"model", "data", "inference", "page"},
     "report": {"interpretability", "page"},
     "data_figure": {"interpretability"},
-    "data_report": {"data", "data_figure", "interpretability"},
+    "data_page": {"data", "data_figure", "interpretability", "page"},
+    "data_report": {"data", "data_page", "page"},
     "cli": {"demo", "data", "data_report", "training", "sft", "evaluation", "interpretability", "generate"},
     "demo": {"data", "training", "sft", "evaluation", "interpretability", "report"},
 }
