@@ -72,7 +72,9 @@ def static_preference(alpha: Tensor, tau: float) -> dict[str, Any]:
     median, high = moved.flatten().quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
     share = without.mean().item()
     as_at_the_start = share >= AS_AT_THE_START
-    if as_at_the_start:
+    if alpha.shape[-1] == 1:
+        sentence = "There is one activation, so there is nothing to prefer."
+    elif as_at_the_start:
         sentence = (
             f"The static preferences cannot be told from their initial values: α began at 0, and at τ = {tau:.3g} it "
             f"moves less than {NO_PREFERENCE:.0%} of the routing weight of {share:.1%} of the neurons."

@@ -49,6 +49,10 @@ def test_static_preference_is_seen_at_the_models_temperature() -> None:
     assert found["rms_alpha"] == found["largest_alpha"] == pytest.approx(0.05)
 
 
+def test_one_activation_leaves_nothing_to_prefer() -> None:
+    assert "nothing to prefer" in static_preference(torch.ones(2, 3, 1), 0.5)["sentence"]
+
+
 def test_what_all_activations_share_is_no_preference() -> None:
     alpha = torch.full((2, 3, 4), 7.0)
     found = static_preference(alpha, 0.1)
