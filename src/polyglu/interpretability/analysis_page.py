@@ -46,7 +46,7 @@ def analysis_page(
                 "Routing on text",
                 [figures["text_routing.png"], shares, figures["routing_variance.png"], variance],
             ),
-            Section("Kinds of text", [figures["routing_kinds.png"], _pair_table(written)]),
+            Section("Kinds of text", [Paragraph(KINDS), figures["routing_kinds.png"], _pair_table(written)]),
             Section("Along a text", [Paragraph(ALONG), *maps]),
             Section("Over training", [figures[EVOLUTION_FIGURE]] if EVOLUTION_FIGURE in figures else []),
             Section(
@@ -57,6 +57,10 @@ def analysis_page(
     )
 
 
+KINDS = (
+    "A router with random weights tells kinds of text apart too, for their mean inputs differ: that a difference was "
+    "learned shows only beside an early checkpoint of the run. Wording and punctuation differ with the subject."
+)
 ALONG = (
     "A field is the mean of g over all neurons of the layer at the token: an even field may hide neurons that differ. "
     "Below causal routing a token sees the text up to itself; otherwise all of the text."
