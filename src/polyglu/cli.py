@@ -17,6 +17,7 @@ STAGES = {
     "sft": ("polyglu.sft.sft", "Fine-tune a model on conversations."),
     "eval": ("polyglu.evaluation.run_eval", "Evaluate a checkpoint with lm-evaluation-harness."),
     "analyze": ("polyglu.interpretability.run_analysis", "Draw which activations a checkpoint's neurons choose."),
+    "ablate": ("polyglu.interpretability.run_ablation", "Measure what a trained model loses without its routing."),
     "generate": ("polyglu.generate", "Continue prompts."),
     "chat": ("polyglu.chat", "Talk to a fine-tuned checkpoint."),
 }

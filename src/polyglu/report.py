@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from polyglu.interpretability import FIGURES
 from polyglu.interpretability.plotting import curves
 from polyglu.interpretability.plotting_pages import Point, page_figure
 from polyglu.page import Cell, Code, Column, Fact, Facts, Figure, Gallery, Page, Section, Table, Tone, render
@@ -21,16 +22,6 @@ CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Speed", "tokens per second", {"tokens per second": "train/tokens_per_sec"}),
 )
 """Title, unit, and label -> key of metrics.jsonl."""
-
-FIGURE_TEXTS = {
-    "neurotransmitter_heatmap": "Activation that each neuron prefers, by layer: static, and on real text",
-    "layer_distribution": "Share of each activation in each layer: static, and on real text",
-    "entropy_per_layer": "Mean routing entropy of each layer",
-    "entropy_histogram": "Distribution of the routing entropy of single neurons",
-    "dynamic_routing_comparison": "How routing shifts between arithmetic, algebra and geometry",
-    "routing_shift_summary": "How strongly each layer's routing depends on the input",
-}
-"""File name without suffix -> alternative text."""
 
 
 def build_report(
@@ -201,5 +192,5 @@ def _curve(title: str, unit: str, series: Mapping[str, Sequence[tuple[int, float
 
 
 def _routing_figure(path: Path) -> Figure:
-    text = FIGURE_TEXTS.get(path.stem, path.stem)
+    text = FIGURES.get(path.name, path.stem)
     return Figure(path.read_bytes(), f"{text}.", wide=True)

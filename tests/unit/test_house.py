@@ -110,7 +110,7 @@ else:
     subprocess.run([sys.executable, "-W", "error::ImportWarning", "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("verb", ["demo", "data", "train", "sft", "eval", "analyze", "generate", "chat"])
+@pytest.mark.parametrize("verb", ["demo", "data", "train", "sft", "eval", "analyze", "ablate", "generate", "chat"])
 def test_help_offers_the_stages(verb: str) -> None:
     from typer.testing import CliRunner
 
