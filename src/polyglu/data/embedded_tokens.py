@@ -5,9 +5,11 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from polyglu.data.embedded import write_embedded_corpus
 from polyglu.data.sources import SourcesConfig, TextSource
 from polyglu.data.tokenize_dataset import tokenize_source
 from polyglu.data.tokenizer import load_tokenizer, train_bpe
+from polyglu.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -32,3 +34,17 @@ def tokenize_embedded(raw: Path, names: Sequence[str], vocab_size: int, tokenize
         source = TextSource(output=str(output / name), files=(str(raw / f"{name}.jsonl"),))
         manifest = tokenize_source(source, tokenizer, SourcesConfig.model_fields["chunk_tokens"].default)
         logger.info("%s: %s tokens in %s documents", name, f"{manifest['tokens']:,}", f"{manifest['documents']:,}")
+
+
+def make_embedded_data(folder: Path, vocab_size: int) -> None:
+    """Write the embedded corpus to ``folder/raw``, and to ``folder/tokenized`` its tokens, those held out too.
+
+    What is there already, for a vocabulary of that size, stays.
+    """
+    done = folder / "data.json"
+    if done.exists() and read_json(done) == {"vocab_size": vocab_size}:
+        return
+    write_embedded_corpus(folder / "raw")
+    names = (*SOURCES, *(f"heldout_{name}" for name in SOURCES))
+    tokenize_embedded(folder / "raw", names, vocab_size, folder / "tokenizer", folder / "tokenized")
+    write_json(done, {"vocab_size": vocab_size})

@@ -1,0 +1,69 @@
+"""The pictures of a comparison: losses over training, and differences from the reference with their intervals."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from polyglu.interpretability.plotting import GREY, GRID, SERIES_COLOURS, titled_figure
+
+LINES = ("-", "--", ":", "-.")
+"""For variants beyond the number of colours."""
+FIRST_SHOWN = 0.05
+"""Share of a run whose losses, far above all others, would press the rest together."""
+
+
+def draw_curves(results: Mapping[str, Any]) -> Any:
+    """Training loss over steps: mean over seeds, and the range of them."""
+    rows = [row for row in results["variants"] if row.get("curve")]
+    caption = (
+        f"Loss of single steps, in nats per token: mean over seeds {', '.join(map(str, results['seeds']))}, and the "
+        "range of them (pale). Training loss includes the noise of training, and, for variants that see ahead "
+        "(sequence and document scope), what their routing sees of later tokens: only held-out losses compare fairly."
+    )
+    figure, body = titled_figure("Training loss", 11, 6, caption)
+    panel = body.subplots()
+    for index, row in enumerate(rows):
+        shown = [point for point in row["curve"] if point[0] >= FIRST_SHOWN * row["steps"]] or row["curve"]
+        steps, means, lows, highs = (list(column) for column in zip(*shown, strict=True))
+        colour = SERIES_COLOURS[index % len(SERIES_COLOURS)]
+        line = LINES[index // len(SERIES_COLOURS) % len(LINES)]
+        panel.plot(steps, means, color=colour, linestyle=line, linewidth=1.5, label=row["name"])
+        panel.fill_between(steps, lows, highs, color=colour, alpha=0.08, linewidth=0)
+    panel.set(xlabel="step", ylabel="nats per token")
+    panel.grid(color=GRID)
+    handles, labels = panel.get_legend_handles_labels()
+    body.legend(handles, labels, loc="outside upper left", ncols=6, frameon=False)
+    return figure
+
+
+def draw_differences(results: Mapping[str, Any]) -> Any:
+    """Held-out loss of each variant minus the reference's, paired by seed, with its interval."""
+    rows = [row for row in results["variants"] if row["difference"] is not None]
+    caption = (
+        f"Held-out loss minus that of {results['reference']}, seed by seed: mean and {results['level']:.0%} t interval "
+        "of each comparison by itself; dots are single seeds. Left of 0 is better. Filled: the difference holds after "
+        "Holm's correction for all comparisons."
+    )
+    figure, body = titled_figure("Difference in held-out loss", 11, 1.8 + 0.42 * max(1, len(rows)), caption)
+    panel = body.subplots()
+    reference = _of_reference(results)
+    for place, row in enumerate(rows):
+        found = row["difference"]
+        single = [loss - reference[seed] for seed, loss in row["loss"]["by_seed"].items() if seed in reference]
+        panel.plot(single, [place] * len(single), ".", color=GREY, markersize=5)
+        if found["low"] is not None:
+            panel.hlines(place, found["low"], found["high"], color=SERIES_COLOURS[0], linewidth=1.6)
+        decided = found["outcome"] in ("lower", "higher")
+        fill = SERIES_COLOURS[0] if decided else "white"
+        panel.plot(found["mean"], place, "o", color=SERIES_COLOURS[0], markerfacecolor=fill, markersize=7)
+    panel.axvline(0, color=GREY, linestyle="--", linewidth=1)
+    panel.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    panel.set(xlabel="nats per token", ylim=(len(rows) - 0.4, -0.6))
+    panel.grid(axis="x", color=GRID)
+    return figure
+
+
+def _of_reference(results: Mapping[str, Any]) -> dict[str, float]:
+    """Seed -> loss of the reference."""
+    row = next(row for row in results["variants"] if row["name"] == results["reference"])
+    losses: dict[str, float] = row["loss"]["by_seed"] if row["loss"] else {}
+    return losses
