@@ -210,6 +210,7 @@ def _report(paths: DemoPaths) -> None:
     state = read_json(paths.root / "stages.json")
     page = build_report(
         title="PolyGLU demo",
+        lead="A small model, trained on embedded data and fine-tuned on arithmetic, from first step to answers.",
         stages=summary(paths, state),
         metrics=_rows(paths.root / "metrics.jsonl"),
         sft_metrics=_rows(paths.root / "sft/metrics.jsonl"),
