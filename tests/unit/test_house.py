@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "report": {"interpretability", "page"},
     "data_figure": {"interpretability"},
     "data_report": {"data", "data_figure", "interpretability"},
-    "cli": {"demo", "data", "data_report", "training", "sft", "evaluation", "interpretability", "generate"},
+    "cli": {"demo", "data", "data_report", "training", "sft", "evaluation", "interpretability", "generate", "compare"},
+    "compare": {"model", "data", "training", "interpretability", "page"},
     "demo": {"data", "training", "sft", "evaluation", "interpretability", "report"},
 }
 """Part of the package -> other parts it may import."""
@@ -34,6 +35,7 @@ ONE_HOME = {
     "triton": "model/kernels/triton_",
     "wandb": "training/wandb_run.py",
     "lm_eval": "evaluation/",
+    "scipy": "compare/statistics.py",
     "matplotlib": "interpretability/plotting",
     "jinja2": "page/",
     "gigatoken": "data/encoding.py",
@@ -106,7 +108,7 @@ else:
     subprocess.run([sys.executable, "-W", "error::ImportWarning", "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("verb", ["demo", "data", "train", "sft", "eval", "analyze", "generate"])
+@pytest.mark.parametrize("verb", ["demo", "data", "train", "sft", "eval", "compare", "analyze", "generate"])
 def test_help_offers_the_stages(verb: str) -> None:
     from typer.testing import CliRunner
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from polyglu.interpretability.plotting import GREY, GRID, SERIES_COLOURS, titled_figure
+from polyglu.interpretability.plotting_pages import Point
 
 LINES = ("-", "--", ":", "-.")
 """For variants beyond the number of colours."""
@@ -11,8 +12,8 @@ FIRST_SHOWN = 0.05
 """Share of a run whose losses, far above all others, would press the rest together."""
 
 
-def draw_curves(results: Mapping[str, Any]) -> Any:
-    """Training loss over steps: mean over seeds, and the range of them."""
+def draw_curves(results: Mapping[str, Any]) -> tuple[Any, list[Point]]:
+    """Training loss over steps, mean over seeds and their range: a matplotlib Figure, and its last points."""
     rows = [row for row in results["variants"] if row.get("curve")]
     caption = (
         f"Loss of single steps, in nats per token: mean over seeds {', '.join(map(str, results['seeds']))}, and the "
@@ -20,7 +21,7 @@ def draw_curves(results: Mapping[str, Any]) -> Any:
         "(sequence and document scope), what their routing sees of later tokens: only held-out losses compare fairly."
     )
     figure, body = titled_figure("Training loss", 11, 6, caption)
-    panel = body.subplots()
+    panel, points = body.subplots(), []
     for index, row in enumerate(rows):
         shown = [point for point in row["curve"] if point[0] >= FIRST_SHOWN * row["steps"]] or row["curve"]
         steps, means, lows, highs = (list(column) for column in zip(*shown, strict=True))
@@ -28,15 +29,16 @@ def draw_curves(results: Mapping[str, Any]) -> Any:
         line = LINES[index // len(SERIES_COLOURS) % len(LINES)]
         panel.plot(steps, means, color=colour, linestyle=line, linewidth=1.5, label=row["name"])
         panel.fill_between(steps, lows, highs, color=colour, alpha=0.08, linewidth=0)
+        points.append(Point(panel, steps[-1], means[-1], f"{row['name']}: {means[-1]:.4f} at step {steps[-1]:,}"))
     panel.set(xlabel="step", ylabel="nats per token")
     panel.grid(color=GRID)
     handles, labels = panel.get_legend_handles_labels()
     body.legend(handles, labels, loc="outside upper left", ncols=6, frameon=False)
-    return figure
+    return figure, points
 
 
-def draw_differences(results: Mapping[str, Any]) -> Any:
-    """Held-out loss of each variant minus the reference's, paired by seed, with its interval."""
+def draw_differences(results: Mapping[str, Any]) -> tuple[Any, list[Point]]:
+    """Held-out loss of each variant minus the reference's, with intervals: a matplotlib Figure, and its means."""
     rows = [row for row in results["variants"] if row["difference"] is not None]
     caption = (
         f"Held-out loss minus that of {results['reference']}, seed by seed: mean and {results['level']:.0%} t interval "
@@ -44,7 +46,7 @@ def draw_differences(results: Mapping[str, Any]) -> Any:
         "Holm's correction for all comparisons."
     )
     figure, body = titled_figure("Difference in held-out loss", 11, 1.8 + 0.42 * max(1, len(rows)), caption)
-    panel = body.subplots()
+    panel, points = body.subplots(), []
     reference = _of_reference(results)
     for place, row in enumerate(rows):
         found = row["difference"]
@@ -55,11 +57,19 @@ def draw_differences(results: Mapping[str, Any]) -> Any:
         decided = found["outcome"] in ("lower", "higher")
         fill = SERIES_COLOURS[0] if decided else "white"
         panel.plot(found["mean"], place, "o", color=SERIES_COLOURS[0], markerfacecolor=fill, markersize=7)
+        points.append(Point(panel, found["mean"], place, f"{row['name']}: {signed(found)}"))
     panel.axvline(0, color=GREY, linestyle="--", linewidth=1)
     panel.set_yticks(range(len(rows)), [row["name"] for row in rows])
     panel.set(xlabel="nats per token", ylim=(len(rows) - 0.4, -0.6))
     panel.grid(axis="x", color=GRID)
-    return figure
+    return figure, points
+
+
+def signed(found: Mapping[str, Any]) -> str:
+    """A difference with its interval, as text."""
+    if found["low"] is None:
+        return f"{found['mean']:+.4f}"
+    return f"{found['mean']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})"
 
 
 def _of_reference(results: Mapping[str, Any]) -> dict[str, float]:

@@ -79,9 +79,10 @@ def run_jobs(
     Returns:
         Label -> why, of runs that failed. Those that were stopped are not among them.
     """
-    waiting, running, failed = list(jobs), {}, {}
+    waiting = list(jobs)
+    failed: dict[str, str] = {}
     started: dict[str | None, Job] = {}
-    processes: dict[str | None, Process] = running
+    processes: dict[str | None, Process] = {}
     while (waiting and not stop.requested) or processes:
         for device in devices:
             if device not in processes and waiting and not stop.requested:

@@ -64,11 +64,11 @@ def summarise(
     variants = []
     for name, runs in by_variant.items():
         row = {"name": name, "parameters": count_parameters(suite.variants[name].model).total}
-        row |= {"flops": flops[name], "tokens": tokens[name], "runs": len(runs), "failed": len(settings.seeds) - len(runs)}
+        row |= {"flops": flops[name], "tokens": tokens[name], "runs": len(runs)}
+        row |= {"failed": len(settings.seeds) - len(runs)}
         variants.append(row | (_of_runs(list(runs.values())) if runs else {}) | _compared(name, losses, differences))
-    leaks = [
-        _leak(name, list(runs.values())) for name, runs in by_variant.items() if runs and sees_ahead(suite.variants[name].model)
-    ]
+    ahead = [name for name, config in suite.variants.items() if sees_ahead(config.model) and by_variant[name]]
+    leaks = [_leak(name, list(by_variant[name].values())) for name in ahead]
     return {
         "suite": suite.name,
         "reference": settings.reference,
@@ -97,9 +97,8 @@ def _joined(run: Mapping[str, Any], key: str) -> Losses:
 
 def _differences(losses: Mapping[str, Mapping[int, float]], reference: str) -> dict[str, Difference]:
     """Of each variant but the reference, corrected for their number."""
-    pairs = {
-        name: paired_difference(values, losses.get(reference, {})) for name, values in losses.items() if name != reference
-    }
+    theirs = losses.get(reference, {})
+    pairs = {name: paired_difference(ours, theirs) for name, ours in losses.items() if name != reference}
     return corrected({name: difference for name, difference in pairs.items() if difference is not None})
 
 
@@ -114,7 +113,8 @@ def _of_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "peak_memory_gb": max(run["peak_memory_gb"] for run in runs),
         "train_loss": float(np.mean(train)) if train else None,
         "by_source": {
-            source: float(np.mean([Losses(**run["heldout"][source]).mean for run in runs])) for source in runs[0]["heldout"]
+            source: float(np.mean([Losses(**run["heldout"][source]).mean for run in runs]))
+            for source in runs[0]["heldout"]
         },
         "of_one_run_over_documents": _plain(documents),
         "curve": _mean_curve([run["curve"] for run in runs]),
@@ -149,9 +149,9 @@ def _compared(
 def _leak(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How much lower a variant's loss is as trained than under honest routing: the same weights, on the same rows."""
     leak: dict[str, Any] = {"name": name}
-    for rows, honest in (("training", "training"), ("heldout", "heldout")):
+    for honest in ("training", "heldout"):
         trained = f"{honest}_as_trained"
-        leak[rows] = {
+        leak[honest] = {
             "as_trained": _plain(estimate([heldout_loss(run, trained) for run in runs])),
             "honest": _plain(estimate([heldout_loss(run, honest) for run in runs])),
             "difference": _plain(estimate([heldout_loss(run, honest) - heldout_loss(run, trained) for run in runs])),
@@ -171,8 +171,10 @@ def leak_sentence(leak: Mapping[str, Any]) -> str:
     found, unit = rows["difference"], f"{n} seeds"
     if n == 1:
         found, unit = rows["of_each_run_over_documents"][0], "the documents of one seed's rows"
-    interval = f"{LEVEL:.0%} interval {found['low']:.4f} to {found['high']:.4f} over {unit}" if found["n"] > 1 else "one document"
-    if found["low"] is None or found["low"] <= 0 <= found["high"]:
+    if found["low"] is None:
+        return f"{leak['name']}: one document does not tell what its routing sees ahead."
+    interval = f"{LEVEL:.0%} interval {found['low']:.4f} to {found['high']:.4f} over {unit}"
+    if found["low"] <= 0 <= found["high"]:
         return (
             f"{leak['name']}: whether its loss on training rows is lower with the routing it was trained with than "
             f"with routing that sees only what came before is undecided ({found['mean']:+.4f} nats, {interval})."

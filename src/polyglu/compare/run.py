@@ -1,13 +1,14 @@
 """Compare variants of a model under one budget: ``polyglu compare SUITE.yaml``.
 
-    suite ─► data ─► steps of each variant ─► runs (variant x seed, a process each, resumable) ─► results ─► report
+suite ─► data ─► steps of each variant ─► runs (variant x seed, a process each, resumable) ─► results ─► report
 
-    OUTPUT/suite.json                      what is compared, on which data: another suite gets another folder
-    OUTPUT/runs/VARIANT/seed_N/            an ordinary training run, and result.json when it is finished
-    OUTPUT/results.json, curves.png, differences.png, report.html
+OUTPUT/suite.json                      what is compared, on which data: another suite gets another folder
+OUTPUT/runs/VARIANT/seed_N/            an ordinary training run, and result.json when it is finished
+OUTPUT/results.json, curves.png, differences.png, report.html
 """
 
 import logging
+import os
 import shlex
 import time
 from collections.abc import Iterator
@@ -26,10 +27,11 @@ from polyglu.compare.budget import (
     steps_within,
 )
 from polyglu.compare.heldout import check_heldout
+from polyglu.compare.identity import check_settings, claim
 from polyglu.compare.member import CONFIG, HELDOUT, RESULT
 from polyglu.compare.processes import Job, Start, run_jobs, start_process
 from polyglu.compare.report import console_table, write_report
-from polyglu.compare.results import summarise
+from polyglu.compare.results import run_label, summarise
 from polyglu.compare.suite import Suite, load_suite, run_config
 from polyglu.config_file import save_config
 from polyglu.data.chunks import open_source
@@ -42,7 +44,7 @@ from polyglu.training.train import open_sources
 
 logger = logging.getLogger(__name__)
 
-SUITE, RESULTS, SPEEDS = "suite.json", "results.json", "speeds.json"
+RESULTS, SPEEDS = "results.json", "speeds.json"
 
 
 def main(
@@ -84,10 +86,9 @@ def compare(suite: Suite, output: Path, devices: list[str | None], start: Start 
         Interrupted: a signal asked to stop; what is running is saved.
     """
     with exclusive(output):
-        if (output / SUITE).exists():  # before anything is made
-            _check_settings(suite, output)
+        check_settings(suite, output)  # before anything is made
         prepare_data(suite)
-        _claim(suite, output)
+        claim(suite, output)
         work = {name: step_work(config) for name, config in suite.variants.items()}
         steps = _steps(suite, output, work, devices, start)
         jobs = list(_jobs(suite, steps, output))
@@ -100,7 +101,7 @@ def compare(suite: Suite, output: Path, devices: list[str | None], start: Start 
             raise PolygluError(f"no run of {suite.name} ended well; the first: {first}.")
         flops = {name: work[name].flops * steps[name] for name in steps}
         tokens = {name: work[name].tokens * steps[name] for name in steps}
-        results = plain(summarise(suite, found, failed, flops, tokens))
+        results: dict[str, Any] = plain(summarise(suite, found, failed, flops, tokens))
         write_json(output / RESULTS, results)
         write_report(results, output)
     return results
@@ -124,8 +125,6 @@ def pick_devices(given: str | None) -> list[str | None]:
 
 def _visible(index: int) -> str:
     """Id of the n-th GPU that this process sees."""
-    import os
-
     ids = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
     return ids[index] if ids else str(index)
 
@@ -133,11 +132,6 @@ def _visible(index: int) -> str:
 def run_folder(output: Path, variant: str, seed: int) -> Path:
     """Folder of a run."""
     return output / "runs" / variant / f"seed_{seed}"
-
-
-def run_label(variant: str, seed: int) -> str:
-    """Name of a run, for people and in results."""
-    return f"{variant}, seed {seed}"
 
 
 def prepare_data(suite: Suite) -> None:
@@ -151,60 +145,6 @@ def prepare_data(suite: Suite) -> None:
         make_embedded_data(Path(suite.settings.embedded), first.model.vocab_size)
     held_out = [open_source(Path(folder), name) for name, folder in suite.settings.validation.items()]
     check_heldout(held_out, open_sources(first))
-
-
-def identity(suite: Suite) -> dict[str, Any]:
-    """What a suite's runs follow from, but for the data."""
-    variants = {name: config.model_dump(mode="json") for name, config in suite.variants.items()}
-    return {"settings": suite.settings.model_dump(mode="json"), "variants": variants}
-
-
-def _digests(suite: Suite) -> dict[str, str]:
-    first = next(iter(suite.variants.values()))
-    held_out = {name: open_source(Path(folder), name) for name, folder in suite.settings.validation.items()}
-    trained = {source.name: source for source in open_sources(first)}
-    parts = (("training", trained), ("validation", held_out))
-    return {f"{part}.{name}": source.digest for part, sources in parts for name, source in sources.items()}
-
-
-def _check_settings(suite: Suite, output: Path) -> None:
-    """Refuse a folder that has runs of other settings.
-
-    Raises:
-        PolygluError: in what they differ.
-    """
-    _same(read_json(output / SUITE), plain(identity(suite)), output)
-
-
-def _claim(suite: Suite, output: Path) -> None:
-    """Write down whose folder it is, or compare: data as well."""
-    now = plain({**identity(suite), "data": _digests(suite)})
-    if (output / SUITE).exists():
-        _same(read_json(output / SUITE), now, output)
-    else:
-        write_json(output / SUITE, now)
-
-
-def _same(before: Any, now: dict[str, Any], output: Path) -> None:
-    changed = sorted(_differences(before, now, ""))
-    if changed:
-        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-        raise PolygluError(
-            f"{output} has runs of another suite: it differs in {', '.join(changed[:4])}{more}. Give another "
-            "--output, or remove the folder."
-        )
-
-
-def _differences(before: Any, now: Any, place: str) -> Iterator[str]:
-    """Keys in which ``now`` differs; what only ``before`` has at the top is not compared."""
-    if not isinstance(before, dict) or not isinstance(now, dict):
-        if before != now:
-            yield place or "everything"
-        return
-    keys = now.keys() if not place else before.keys() | now.keys()
-    for key in keys:
-        inner = f"{place}.{key}" if place else key
-        yield from _differences(before.get(key), now.get(key), inner)
 
 
 def _steps(
@@ -238,7 +178,7 @@ def _speeds(suite: Suite, output: Path, devices: list[str | None], start: Start)
         speeds: dict[str, float] = read_json(output / SPEEDS)
         return speeds
     jobs = []
-    for name, variant in suite.variants.items():
+    for name in suite.variants:
         folder = output / "calibration" / name
         config = run_config(suite, name, suite.settings.seeds[0], CALIBRATION_STEPS, folder)
         short = config.training.model_copy(update={"log_every": CALIBRATION_LOGS, "checkpoint_every": 10**6})

@@ -86,7 +86,7 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
 def holm(p_values: Sequence[float]) -> list[float]:
     """P-values corrected so that the chance of any false claim among them stays at the level (Holm 1979).
 
-    The i-th smallest of m, counted from 0, is multiplied by m - i; none becomes smaller than the one before, or above 1.
+    The i-th smallest of m, from 0, is multiplied by m - i; none becomes smaller than the one before it, or above 1.
     """
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):

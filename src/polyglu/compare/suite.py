@@ -176,9 +176,7 @@ def _validated(path: Path, name: str, values: Mapping[str, Any]) -> TrainConfig:
     return validate(TrainConfig, values, source=f"{path}, variant {name}")
 
 
-def _matched(
-    path: Path, name: str, stated: Mapping[str, Variant], variants: Mapping[str, TrainConfig]
-) -> TrainConfig:
+def _matched(path: Path, name: str, stated: Mapping[str, Variant], variants: Mapping[str, TrainConfig]) -> TrainConfig:
     """Config of the variant whose number of parameters another one shall have."""
     goal = str(stated[name].match_parameters)
     if goal not in variants:
