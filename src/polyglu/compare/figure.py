@@ -1,6 +1,7 @@
 """The pictures of a comparison: losses over training, and differences from the reference with their intervals."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from polyglu.interpretability.plotting import GREY, GRID, SERIES_COLOURS, titled_figure
@@ -10,31 +11,48 @@ LINES = ("-", "--", ":", "-.")
 """For variants beyond the number of colours."""
 FIRST_SHOWN = 0.05
 """Share of a run whose losses, far above all others, would press the rest together."""
+SMOOTHED = 0.1
+"""Share of a run over which differences of single steps are averaged."""
 
 
 def draw_curves(results: Mapping[str, Any]) -> tuple[Any, list[Point]]:
-    """Training loss over steps, mean over seeds and their range: a matplotlib Figure, and its last points."""
+    """Training loss over steps, mean over seeds: a matplotlib Figure, and its last points.
+
+    Below it, the same minus the reference's: of one step and seed, both saw the same data.
+    """
     rows = [row for row in results["variants"] if row.get("curve")]
     caption = (
-        f"Loss of single steps, in nats per token: mean over seeds {', '.join(map(str, results['seeds']))}, and the "
-        "range of them (pale). Training loss includes the noise of training, and, for variants that see ahead "
-        "(sequence and document scope), what their routing sees of later tokens: only held-out losses compare fairly."
+        f"Loss of single steps in nats per token, mean over seeds {', '.join(map(str, results['seeds']))}; below, "
+        f"minus that of {results['reference']} on the same data, averaged over a tenth of the run. Training loss "
+        "includes the noise of training and, for variants that see ahead (sequence and document scope), what their "
+        "routing sees of later tokens: only held-out losses compare fairly."
     )
-    figure, body = titled_figure("Training loss", 11, 6, caption)
-    panel, points = body.subplots(), []
+    figure, body = titled_figure("Training loss", 11, 8, caption)
+    upper, lower = body.subplots(2, sharex=True)
+    points = []
+    theirs = {step: mean for row in rows if row["name"] == results["reference"] for step, mean in row["curve"]}
     for index, row in enumerate(rows):
-        shown = [point for point in row["curve"] if point[0] >= FIRST_SHOWN * row["steps"]] or row["curve"]
-        steps, means, lows, highs = (list(column) for column in zip(*shown, strict=True))
+        shown = [point for point in row["curve"] if point[0] >= FIRST_SHOWN * row["steps"]]
         colour = SERIES_COLOURS[index % len(SERIES_COLOURS)]
-        line = LINES[index // len(SERIES_COLOURS) % len(LINES)]
-        panel.plot(steps, means, color=colour, linestyle=line, linewidth=1.5, label=row["name"])
-        panel.fill_between(steps, lows, highs, color=colour, alpha=0.08, linewidth=0)
-        points.append(Point(panel, steps[-1], means[-1], f"{row['name']}: {means[-1]:.4f} at step {steps[-1]:,}"))
-    panel.set(xlabel="step", ylabel="nats per token")
-    panel.grid(color=GRID)
-    handles, labels = panel.get_legend_handles_labels()
+        style = {"color": colour, "linestyle": LINES[index // len(SERIES_COLOURS) % len(LINES)], "linewidth": 1.5}
+        upper.plot([step for step, _ in shown], [mean for _, mean in shown], label=row["name"], **style)
+        step, mean = shown[-1]
+        points.append(Point(upper, step, mean, f"{row['name']}: {mean:.4f} at step {step:,}"))
+        both = [(step, mean - theirs[step]) for step, mean in shown if step in theirs]
+        lower.plot([step for step, _ in both], _smooth([value for _, value in both]), **style)
+    upper.set(ylabel="nats per token")
+    lower.set(xlabel="step", ylabel=f"minus {results['reference']}")
+    for panel in (upper, lower):
+        panel.grid(color=GRID)
+    handles, labels = upper.get_legend_handles_labels()
     body.legend(handles, labels, loc="outside upper left", ncols=6, frameon=False)
     return figure, points
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Mean of each value and those before it, over a share of the run."""
+    window = max(1, round(SMOOTHED * len(values)))
+    return [fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
 
 
 def draw_differences(results: Mapping[str, Any]) -> tuple[Any, list[Point]]:

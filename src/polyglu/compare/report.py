@@ -15,18 +15,20 @@ from polyglu.interpretability.plotting_pages import page_figure
 from polyglu.page import Block, Cell, Code, Column, Note, Page, Paragraph, Section, Table, Tone, render
 
 TONES: dict[str, Tone] = {"lower": "good", "higher": "bad"}
+PAGE_ONLY = {"p", "runs", "d_ff", "tokens", "FLOPs"}
+"""Columns for which a console has no room."""
 CURVES, DIFFERENCES, PAGE = "curves.png", "differences.png", "report.html"
 
 
 def console_table(results: Mapping[str, Any]) -> ConsoleTable:
-    """The table, one row a variant, the lowest loss first."""
+    """What fits a console of the table: one row a variant, the lowest loss first."""
     table = ConsoleTable(title=f"{results['suite']}: held-out loss, nats per token")
     columns = _columns(results)
-    for column in columns:
-        unit = f" ({column.unit})" if column.unit else ""
-        table.add_column(f"{column.title}{unit}", justify="left" if column.kind == "text" else "right")
+    shown = [index for index, column in enumerate(columns) if column.title not in PAGE_ONLY]
+    for column in (columns[index] for index in shown):
+        table.add_column(column.unit or column.title, justify="left" if column.kind == "text" else "right")
     for row in _rows(results):
-        table.add_row(*(_text(column, cell) for column, cell in zip(columns, row, strict=True)))
+        table.add_row(*(_text(columns[index], row[index]) for index in shown))
     return table
 
 

@@ -122,13 +122,10 @@ def _of_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _mean_curve(curves: Sequence[Sequence[Sequence[float | None]]]) -> list[list[float]]:
-    """Step, mean, least and largest loss of the runs, at the steps that all have."""
-    found = []
+    """Step, and the mean loss of the runs, at the steps that all have."""
     tables = [{step: loss for step, loss in curve if step is not None and loss is not None} for curve in curves]
-    for step in sorted(set.intersection(*(set(table) for table in tables))):
-        values = [table[step] for table in tables]
-        found.append([step, float(np.mean(values)), min(values), max(values)])
-    return found
+    steps = sorted(set.intersection(*(set(table) for table in tables)))
+    return [[step, float(np.mean([table[step] for table in tables]))] for step in steps]
 
 
 def _compared(
