@@ -92,6 +92,7 @@ def run_jobs(
         if stop.requested:
             for process in processes.values():
                 process.send_signal(signal.SIGTERM)
+            for process in processes.values():
                 process.wait()
         for device, process in list(processes.items()):
             code = process.poll()
