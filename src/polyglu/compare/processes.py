@@ -102,7 +102,7 @@ def run_jobs(
             job = started[device]
             if code == 0:
                 done(job)
-            elif code != EXIT_INTERRUPTED:
+            elif code != EXIT_INTERRUPTED and not stop.requested:  # a process that was only starting just ends
                 failed[job.label] = why(job.folder, code)
                 logger.warning("%s: failed: %s", job.label, failed[job.label])
         if processes and not stop.requested:

@@ -88,9 +88,9 @@ def compare(suite: Suite, output: Path, devices: list[str | None], start: Start 
     with exclusive(output):
         check_settings(suite, output)  # before anything is made
         prepare_data(suite)
-        claim(suite, output)
         work = {name: step_work(config) for name, config in suite.variants.items()}
         steps = _steps(suite, output, work, devices, start)
+        claim(suite, output)
         jobs = list(_jobs(suite, steps, output))
         missing = [job for job in jobs if not (job.folder / RESULT).exists()]
         logger.info("%d runs of %d variants, %d to be made", len(jobs), len(suite.variants), len(missing))
@@ -174,6 +174,7 @@ def _speeds(suite: Suite, output: Path, devices: list[str | None], start: Start)
         PolygluError: a variant cannot be measured.
         Interrupted: a signal asked to stop.
     """
+    claim(suite, output)  # for they are kept there
     if (output / SPEEDS).exists():
         speeds: dict[str, float] = read_json(output / SPEEDS)
         return speeds

@@ -78,7 +78,7 @@ class SuiteConfig(Section):
     """Name -> variant."""
     reference: str = "swiglu"
     """Variant that all others are compared with; its feed-forward layer must be SwiGLU."""
-    seeds: tuple[int, ...]
+    seeds: list[int]
     """Each variant is trained once with each: of initialisation, data order and noise."""
     budget: Budget
     """The same for every run."""
@@ -101,7 +101,7 @@ class SuiteConfig(Section):
                 f"one of {known}"
             )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds must be different numbers, at least one, got {list(self.seeds)}")
+            raise ValueError(f"seeds must be different numbers, at least one, got {self.seeds}")
         if not self.validation:
             raise ValueError("validation is empty; name a folder of tokenised data that training never sees")
         return self

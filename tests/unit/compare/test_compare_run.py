@@ -282,6 +282,7 @@ def test_a_warm_up_as_long_as_the_run_is_refused(tmp_path: Path) -> None:
     suite = load_suite(write_suite(tmp_path, budget={"tokens": 2 * STEP_TOKENS}))
     with pytest.raises(PolygluError, match="pays for 2 steps, and training.warmup_steps is 2"):
         compare(suite, tmp_path / "out", [None], Starter())
+    assert not (tmp_path / "out").exists()  # a corrected suite may have it
 
 
 @pytest.mark.usefixtures("without_pictures")
