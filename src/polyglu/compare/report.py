@@ -15,20 +15,25 @@ from polyglu.interpretability.plotting_pages import page_figure
 from polyglu.page import Block, Cell, Code, Column, Note, Page, Paragraph, Section, Table, Tone, render
 
 TONES: dict[str, Tone] = {"lower": "good", "higher": "bad"}
-PAGE_ONLY = {"p", "runs", "d_ff", "tokens", "FLOPs"}
-"""Columns for which a console has no room."""
+ROWS = {"training": "training, last steps", "heldout": "held-out"}
 CURVES, DIFFERENCES, PAGE = "curves.png", "differences.png", "report.html"
+Row = list[Cell | str | float | None]
 
 
 def console_table(results: Mapping[str, Any]) -> ConsoleTable:
-    """What fits a console of the table: one row a variant, the lowest loss first."""
+    """What fits a console of the tables: one row a variant, the lowest loss first."""
     table = ConsoleTable(title=f"{results['suite']}: held-out loss, nats per token")
-    columns = _columns(results)
-    shown = [index for index, column in enumerate(columns) if column.title not in PAGE_ONLY]
-    for column in (columns[index] for index in shown):
-        table.add_column(column.unit or column.title, justify="left" if column.kind == "text" else "right")
-    for row in _rows(results):
-        table.add_row(*(_text(columns[index], row[index]) for index in shown))
+    losses, costs = _losses(results), _costs(results)
+    shown = [(losses, title) for title in ("variant", "held-out loss", _against(results), "p (Holm)", "outcome")]
+    shown += [(costs, title) for title in ("speed", "peak memory")]
+    cells = []
+    for part, title in shown:
+        index, column = next(pair for pair in enumerate(part.columns) if pair[1].title == title)
+        text = column.kind == "text"
+        table.add_column(column.unit or title, justify="left" if text else "right", no_wrap=text)
+        cells.append([_text(column, row[index]) for row in part.rows])
+    for row in zip(*cells, strict=True):
+        table.add_row(*row)
     return table
 
 
@@ -60,16 +65,15 @@ def build_page(results: Mapping[str, Any], figures: list[Block]) -> Page:
         f"{len(results['variants'])} variants, each trained with seeds {', '.join(map(str, results['seeds']))} on "
         f"{budget}, the same data in the same order. Computed by {results['machine']}."
     )
-    table = Table(
-        _columns(results),
-        _rows(results),
+    explained = (
         f"Held-out loss under honest routing, in nats per token, with {results['level']:.0%} t intervals over seeds. "
-        f"Differences are paired by seed; intervals and p are of each comparison by itself, p (Holm) is corrected for "
-        "all of them.",
+        "Differences are paired by seed; intervals and p are of each comparison by itself, p (Holm) is corrected for "
+        "all of them."
     )
     failed = [[label, why] for label, why in results["failed"].items()]
     sections = [
-        Section("Results", [table]),
+        Section("Results", [Paragraph(explained), _losses(results)]),
+        Section("Costs", [_costs(results)]),
         Section("Figures", figures),
         Section("What routing sees ahead", _leak_blocks(results)),
         Section("Failed runs", [Table([Column("run"), Column("why")], failed)] if failed else []),
@@ -82,34 +86,30 @@ def build_page(results: Mapping[str, Any], figures: list[Block]) -> Page:
     return Page(f"Comparison: {results['suite']}", lead, sections, [Note(results["verdict"])])
 
 
-def _columns(results: Mapping[str, Any]) -> list[Column]:
-    return [
+def _losses(results: Mapping[str, Any]) -> Table:
+    """Losses and differences, the lowest loss first, variants without one last."""
+    columns = [
         Column("variant"),
-        Column("held-out loss", kind="number", spec=".4f"),
-        Column(f"minus {results['reference']}", kind="number"),
+        Column("held-out loss", kind="number"),
+        Column(_against(results), kind="number"),
         Column("p", kind="number", spec=".3g"),
         Column("p (Holm)", kind="number", spec=".3g"),
         Column("outcome"),
         Column("runs", kind="number"),
-        Column("parameters", kind="number", spec=",d"),
-        Column("d_ff", kind="number", spec=",d"),
-        Column("tokens", kind="number", spec=",d"),
-        Column("FLOPs", kind="number", spec=".3g"),
-        Column("speed", unit="tokens/s", kind="number", spec=",.0f"),
-        Column("peak memory", unit="GB", kind="number", spec=".2f"),
     ]
+    return Table(columns, [_loss_row(row, results["reference"]) for row in _ordered(results)])
 
 
-def _rows(results: Mapping[str, Any]) -> list[list[Cell | str | float | None]]:
-    """Cells of the table, the lowest loss first, variants without one last."""
-    ordered = sorted(results["variants"], key=lambda row: row["loss"]["mean"] if row["loss"] else float("inf"))
-    return [_row(row, results["reference"]) for row in ordered]
+def _against(results: Mapping[str, Any]) -> str:
+    return f"minus {results['reference']}"
 
 
-def _row(row: Mapping[str, Any], reference: str) -> list[Cell | str | float | None]:
+def _ordered(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return sorted(results["variants"], key=lambda row: row["loss"]["mean"] if row["loss"] else float("inf"))
+
+
+def _loss_row(row: Mapping[str, Any], reference: str) -> Row:
     loss, found = row["loss"], row["difference"]
-    total = row["runs"] + row["failed"]
-    runs = Cell(f"{row['runs']} of {total}", row["runs"], "bad" if row["failed"] else "")
     outcome = "reference" if row["name"] == reference else found["outcome"] if found else "no result"
     return [
         row["name"],
@@ -118,14 +118,24 @@ def _row(row: Mapping[str, Any], reference: str) -> list[Cell | str | float | No
         None if found is None else found["p"],
         None if found is None else found["p_holm"],
         Cell(outcome, tone=TONES.get(outcome, "")),
-        runs,
-        row["parameters"],
-        row.get("d_ff"),
-        row["tokens"],
-        row["flops"],
-        row.get("tokens_per_second"),
-        row.get("peak_memory_gb"),
+        Cell(f"{row['runs']} of {row['runs'] + row['failed']}", row["runs"], "bad" if row["failed"] else ""),
     ]
+
+
+def _costs(results: Mapping[str, Any]) -> Table:
+    """What each variant took, in the order of the losses."""
+    columns = [
+        Column("variant"),
+        Column("parameters", kind="number", spec=",d"),
+        Column("d_ff", kind="number", spec=",d"),
+        Column("steps", kind="number", spec=",d"),
+        Column("tokens", kind="number", spec=",d"),
+        Column("FLOPs", kind="number", spec=".3g"),
+        Column("speed", unit="tokens/s", kind="number", spec=",.0f"),
+        Column("peak memory", unit="GB", kind="number", spec=".2f"),
+    ]
+    keys = ("parameters", "d_ff", "steps", "tokens", "flops", "tokens_per_second", "peak_memory_gb")
+    return Table(columns, [[row["name"], *(row.get(key) for key in keys)] for row in _ordered(results)])
 
 
 def _with_interval(found: Mapping[str, Any]) -> str:
@@ -149,19 +159,23 @@ def _leak_blocks(results: Mapping[str, Any]) -> list[Block]:
     columns = [Column("variant"), Column("rows")]
     columns += [Column(title, kind="number", spec=".4f") for title in ("as trained", "sees no later token")]
     columns += [Column("difference", kind="number"), Column("seeds", kind="number")]
-    rows: list[list[Cell | str | float | None]] = []
+    rows: list[Row] = []
     for leak in results["leaks"]:
-        for kind in ("training", "heldout"):
+        for kind in ROWS:
             found = leak[kind]
             difference = Cell(signed(found["difference"]), found["difference"]["mean"])
             means = (found["as_trained"]["mean"], found["honest"]["mean"])
-            rows.append([leak["name"], kind, *means, difference, found["difference"]["n"]])
-    caption = (
+            rows.append([leak["name"], ROWS[kind], *means, difference, found["difference"]["n"]])
+    explained = (
         "The same weights on the same packed rows, without noise: routed by the mean they were trained with, and by "
         "the mean over the document up to the position. The difference is what later tokens are worth to them, and "
         "what it costs them that they never saw such means."
     )
-    return [*(Paragraph(sentence) for sentence in results["leak_sentences"]), Table(columns, rows, caption)]
+    return [
+        *(Paragraph(sentence) for sentence in results["leak_sentences"]),
+        Paragraph(explained),
+        Table(columns, rows),
+    ]
 
 
 def _differences_in_words(results: Mapping[str, Any]) -> str:

@@ -1,8 +1,10 @@
 """From the results of single runs to those of a suite: plain data, which tables, figures, pages and JSON all show."""
 
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from polyglu.compare.statistics import (
 from polyglu.compare.suite import Suite
 from polyglu.training.estimate import count_parameters
 
+CPU_INFO = Path("/proc/cpuinfo")
 Found = Mapping[str, Mapping[str, Any]]
 """Label of a run -> its result.json."""
 
@@ -185,10 +188,12 @@ def leak_sentence(leak: Mapping[str, Any]) -> str:
 
 
 def machine() -> str:
-    """What computed: the GPU's name, or the processor and the threads."""
+    """What computed: the GPU's name, or the processor and its cores."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def _plain(value: Estimate) -> dict[str, Any]:

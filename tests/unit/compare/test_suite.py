@@ -37,7 +37,7 @@ def write(folder: Path, **changes: Any) -> Path:
         "validation": {"a": "data/heldout"},
     } | changes
     path = folder / "suite.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in suite.items() if value is not None}))
+    path.write_text(yaml.safe_dump({key: value for key, value in suite.items() if value is not None}, sort_keys=False))
     return path
 
 
