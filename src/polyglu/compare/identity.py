@@ -30,16 +30,6 @@ def _digests(suite: Suite) -> dict[str, str]:
     return {f"{part}.{name}": source.digest for part, sources in parts for name, source in sources.items()}
 
 
-def check_settings(suite: Suite, output: Path) -> None:
-    """Refuse a folder that has runs of other settings.
-
-    Raises:
-        PolygluError: in what they differ.
-    """
-    if (output / SUITE).exists():
-        _same(read_json(output / SUITE), plain(identity(suite)), output)
-
-
 def claim(suite: Suite, output: Path) -> None:
     """Write down whose folder it is, or compare, the data as well.
 

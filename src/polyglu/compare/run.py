@@ -27,7 +27,7 @@ from polyglu.compare.budget import (
     steps_within,
 )
 from polyglu.compare.heldout import check_heldout
-from polyglu.compare.identity import check_settings, claim
+from polyglu.compare.identity import claim
 from polyglu.compare.member import CONFIG, HELDOUT, RESULT
 from polyglu.compare.processes import Job, Start, run_jobs, start_process
 from polyglu.compare.report import console_table, write_report
@@ -86,7 +86,6 @@ def compare(suite: Suite, output: Path, devices: list[str | None], start: Start 
         Interrupted: a signal asked to stop; what is running is saved.
     """
     with exclusive(output):
-        check_settings(suite, output)  # before anything is made
         prepare_data(suite)
         work = {name: step_work(config) for name, config in suite.variants.items()}
         steps = _steps(suite, output, work, devices, start)

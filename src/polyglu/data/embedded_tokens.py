@@ -9,6 +9,7 @@ from polyglu.data.embedded import write_embedded_corpus
 from polyglu.data.sources import SourcesConfig, TextSource
 from polyglu.data.tokenize_dataset import tokenize_source
 from polyglu.data.tokenizer import load_tokenizer, train_bpe
+from polyglu.errors import PolygluError
 from polyglu.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -39,10 +40,18 @@ def tokenize_embedded(raw: Path, names: Sequence[str], vocab_size: int, tokenize
 def make_embedded_data(folder: Path, vocab_size: int) -> None:
     """Write the embedded corpus to ``folder/raw``, and to ``folder/tokenized`` its tokens, those held out too.
 
-    What is there already, for a vocabulary of that size, stays.
+    What is there already stays.
+
+    Raises:
+        PolygluError: that is of a vocabulary of another size.
     """
     done = folder / "data.json"
-    if done.exists() and read_json(done) == {"vocab_size": vocab_size}:
+    if done.exists():
+        found = read_json(done)
+        if found != {"vocab_size": vocab_size}:
+            raise PolygluError(
+                f"{folder} holds embedded data of {found}, model.vocab_size is {vocab_size}; give another folder."
+            )
         return
     write_embedded_corpus(folder / "raw")
     names = (*SOURCES, *(f"heldout_{name}" for name in SOURCES))

@@ -68,6 +68,8 @@ def test_parameters_are_those_that_compute() -> None:
 @pytest.mark.parametrize("routing", ["static", "dynamic"])
 def test_a_checkpoint_carries_its_parts(routing: RoutingParts, tmp_path) -> None:  # type: ignore[no-untyped-def]
     model = sharp_model(routing=routing, seq_length=32)
+    names = model.state_dict()
+    assert ("layers.1.mlp.alpha" in names, "layers.1.mlp.beta" in names) == (routing == "static", routing == "dynamic")
     save_portable(tmp_path / "model.pt", model.state_dict(), model.config, 3, 0.5, {})
     loaded, _, tau = load_checkpoint(tmp_path / "model.pt")
     ids = torch.tensor([random_tokens(20, 0)])
