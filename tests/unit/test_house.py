@@ -23,9 +23,10 @@ MAY_IMPORT = {
     "interpretability": {"model", "data", "inference", "page"},
     "report": {"interpretability", "page"},
     "data_figure": {"interpretability"},
-    "data_report": {"data", "data_figure", "interpretability"},
-    "cli": {"demo", "data", "data_report", "training", "sft", "evaluation", "interpretability", "generate", "compare"},
+    "data_page": {"data", "data_figure", "interpretability", "page"},
+    "data_report": {"data", "data_page", "page"},
     "compare": {"model", "data", "training", "interpretability", "page"},
+    "cli": {"demo", "data", "data_report", "training", "sft", "evaluation", "interpretability", "generate", "compare"},
     "demo": {"data", "training", "sft", "evaluation", "interpretability", "report"},
 }
 """Part of the package -> other parts it may import."""

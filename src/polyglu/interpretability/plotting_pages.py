@@ -13,8 +13,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.text import Text
 
-from polyglu import page
 from polyglu.interpretability.plotting import DPI, to_png
+from polyglu.page import Figure as PageFigure
+from polyglu.page import Mark
 
 COLOURS = {
     Text: ("color",),
@@ -40,7 +41,7 @@ class Point(NamedTuple):
 
 def page_figure(
     figure: Figure, alt: str, caption: str = "", points: Iterable[Point] = (), wide: bool = False
-) -> page.Figure:
+) -> PageFigure:
     """Make a page's figure, in the colours of light and of dark pages.
 
     Args:
@@ -52,16 +53,16 @@ def page_figure(
     """
     light = to_png(figure)
     marks = _marks(figure, list(points))
-    return page.Figure(light, alt, caption, dark=_dark_png(figure), marks=marks, wide=wide)
+    return PageFigure(light, alt, caption, dark=_dark_png(figure), marks=marks, wide=wide)
 
 
-def _marks(figure: Figure, points: list[Point]) -> list[page.Mark]:
+def _marks(figure: Figure, points: list[Point]) -> list[Mark]:
     """Points as shares of the figure's width and height, from the top left; those out of sight are left out."""
     marks = []
     for panel, x, y, text in points:
         across, up = panel.transData.transform((x, y)) / figure.bbox.size
         if 0 <= across <= 1 and 0 <= up <= 1:
-            marks.append(page.Mark(float(across), float(1 - up), text))
+            marks.append(Mark(float(across), float(1 - up), text))
     return marks
 
 

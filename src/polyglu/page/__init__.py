@@ -27,6 +27,7 @@ from polyglu.page.blocks import (
     Section,
     Table,
     Tone,
+    as_cell,
 )
 from polyglu.page.render import clean, render
 
@@ -47,6 +48,7 @@ __all__ = [
     "Section",
     "Table",
     "Tone",
+    "as_cell",
     "clean",
     "render",
 ]

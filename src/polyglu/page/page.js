@@ -102,9 +102,7 @@ for (const table of document.querySelectorAll('table')) {
 /* What is wider than the page scrolls by itself, and can then be reached by keyboard. */
 const sizes = new ResizeObserver((entries) => {
   for (const { target } of entries) {
-    const scrolls = target.scrollWidth > target.clientWidth;
-    if (scrolls) { target.tabIndex = 0; target.setAttribute('role', 'group'); }
-    else { target.removeAttribute('tabindex'); target.removeAttribute('role'); }
+    if (target.scrollWidth > target.clientWidth) target.tabIndex = 0; else target.removeAttribute('tabindex');
   }
 });
 for (const area of document.querySelectorAll('.scroll')) sizes.observe(area);
@@ -193,8 +191,7 @@ for (const figure of document.querySelectorAll('.routing')) {
       ArrowDown: [token, Math.min(layer + 1, layers - 1)], ArrowUp: [token, Math.max(layer - 1, 0)],
       Home: [0, layer], End: [last, layer],
     };
-    if (moves[key] === undefined) return null;
-    return marked === null ? current : moves[key];
+    return marked === null && key.startsWith('Arrow') ? current : moves[key] ?? null;
   };
   const clear = () => {
     field.hidden = true;
