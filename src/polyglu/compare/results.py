@@ -173,17 +173,18 @@ def leak_sentence(leak: Mapping[str, Any]) -> str:
         found, unit = rows["of_each_run_over_documents"][0], "the documents of one seed's rows"
     if found["low"] is None:
         return f"{leak['name']}: one document does not tell what its routing sees ahead."
-    interval = f"{LEVEL:.0%} interval {found['low']:.4f} to {found['high']:.4f} over {unit}"
     if found["low"] <= 0 <= found["high"]:
         return (
             f"{leak['name']}: whether its loss on training rows is lower with the routing it was trained with than "
-            f"with routing that sees only what came before is undecided ({found['mean']:+.4f} nats, {interval})."
+            f"with routing that sees only what came before is undecided ({found['mean']:+.4f} nats, {LEVEL:.0%} "
+            f"interval {found['low']:+.4f} to {found['high']:+.4f} over {unit})."
         )
-    way = "lower" if found["mean"] > 0 else "higher"
+    way, (low, high) = "lower" if found["mean"] > 0 else "higher", sorted((abs(found["low"]), abs(found["high"])))
     return (
         f"{leak['name']}: with the routing it was trained with, which sees ahead, its loss on training rows is "
         f"{abs(found['mean']):.4f} nats {way} than the same weights' with routing that sees only what came before "
-        f"({rows['as_trained']['mean']:.4f} against {rows['honest']['mean']:.4f}; {interval})."
+        f"({rows['as_trained']['mean']:.4f} against {rows['honest']['mean']:.4f}; {LEVEL:.0%} interval {low:.4f} to "
+        f"{high:.4f} over {unit})."
     )
 
 

@@ -86,5 +86,6 @@ def test_a_leak_is_stated_with_its_interval_or_not_at_all(suite: Suite) -> None:
     assert "0.5000 nats lower than" in leak(suite, 0.5, 0.51, 0.49)
     assert "95% interval 0.4752 to 0.5248 over 3 seeds" in leak(suite, 0.5, 0.51, 0.49)
     assert "0.5000 nats higher than" in leak(suite, -0.5, -0.51, -0.49)
+    assert "95% interval 0.4752 to 0.5248 over 3 seeds" in leak(suite, -0.5, -0.51, -0.49)
     assert "is undecided (+0.0333 nats" in leak(suite, 0.5, -0.5, 0.1)
     assert "over the documents of one seed's rows" in leak(suite, 0.5)
