@@ -10,12 +10,14 @@ from models import SHAPE, sharp_model
 from support import EOS, random_documents, write_token_source
 
 from polyglu.compare.heldout import check_heldout, document_losses, last_rows, measure, sees_ahead, validation_rows
+from polyglu.compare.statistics import ratio_estimate
 from polyglu.config_file import validate
 from polyglu.data.chunks import TokenSource, open_source
-from polyglu.data.dataloader import IGNORED, MicroBatch
+from polyglu.data.dataloader import IGNORED, MicroBatch, pack_windows
 from polyglu.errors import PolygluError
 from polyglu.model.config import ModelConfig, RoutingScope, TrainConfig
-from polyglu.model.model import save_portable
+from polyglu.model.model import create_model, save_portable
+from polyglu.training.loss import LanguageModelLoss
 
 T = 16
 
@@ -87,6 +89,35 @@ def test_honest_losses_are_those_of_causal_routing(source: TokenSource, tmp_path
     assert found["training"]["all"]["nats"] == pytest.approx(document_losses(honest, rows, 0.5).nats, rel=1e-5)
     as_trained = document_losses(trained, rows, 0.5)
     assert found["training_as_trained"]["all"]["nats"] == pytest.approx(as_trained.nats, rel=1e-5)
+
+
+def riddles(rng: np.random.Generator, rows: int) -> MicroBatch:
+    """Rows of 5 random tokens and then one of 32 tokens again and again: only what comes later tells which."""
+    prefix, answer = rng.integers(33, 41, (rows, 5)), rng.integers(1, 33, (rows, 1))
+    tokens = np.concatenate([prefix, answer.repeat(8, 1)], 1).astype(np.uint32)
+    return pack_windows(tokens[None], np.zeros((1, rows), dtype=np.int64), np.arange(rows)[None])[0]
+
+
+def test_a_leak_is_found_where_there_is_one() -> None:
+    """A model that learns to look ahead has a lower loss as trained; honest routing does not have it."""
+    rng = np.random.default_rng(0)
+    shape = {**SHAPE, "d_model": 32, "d_ff": 64, "n_layers": 1, "seq_length": 12}
+    trained = create_model(ModelConfig(**shape, routing_scope="sequence"))
+    loss, optimizer = (
+        LanguageModelLoss(trained, torch.float32, "none"),
+        torch.optim.AdamW(trained.parameters(), lr=1e-2),
+    )
+    for _ in range(200):
+        batch = riddles(rng, 64)
+        (loss(batch, 1.0, None).loss / batch.n_targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    honest = create_model(ModelConfig(**shape, routing_scope="causal"))
+    honest.load_state_dict(trained.state_dict())
+    batch = riddles(rng, 200)
+    ahead, behind = (document_losses(model, [batch], 1.0) for model in (trained, honest))
+    leak = ratio_estimate((np.array(behind.nats) - np.array(ahead.nats)).tolist(), ahead.targets)
+    assert leak.low is not None and leak.low > 0.1
 
 
 def test_who_sees_ahead() -> None:
