@@ -28,7 +28,10 @@ MAY_IMPORT = {
     "data_figure": {"interpretability"},
     "data_page": {"data", "data_figure", "interpretability", "page"},
     "data_report": {"data", "data_page", "page"},
-    "cli": {"demo", "data", "data_report", "training", "sft", "evaluation", "interpretability", "generate", "chat"},
+    "compare": {"model", "data", "training", "interpretability", "page"},
+    "cli": {
+        "demo", "data", "data_report", "training", "sft", "evaluation", "interpretability", "generate", "chat", "compare",
+    },
     "demo": {"data", "training", "sft", "evaluation", "interpretability", "report"},
 }
 """Part of the package -> other parts it may import."""
@@ -38,6 +41,7 @@ ONE_HOME = {
     "triton": "model/kernels/triton_",
     "wandb": "training/wandb_run.py",
     "lm_eval": "evaluation/",
+    "scipy": "compare/statistics.py",
     "matplotlib": "interpretability/plotting",
     "jinja2": "page/",
     "gigatoken": "data/encoding.py",
@@ -110,7 +114,10 @@ else:
     subprocess.run([sys.executable, "-W", "error::ImportWarning", "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("verb", ["demo", "data", "train", "sft", "eval", "analyze", "ablate", "generate", "chat"])
+STAGES = ["demo", "data", "train", "sft", "eval", "compare", "analyze", "ablate", "generate", "chat"]
+
+
+@pytest.mark.parametrize("verb", STAGES)
 def test_help_offers_the_stages(verb: str) -> None:
     from typer.testing import CliRunner
 

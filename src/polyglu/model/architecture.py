@@ -114,7 +114,7 @@ class Block(nn.Module):
         self.mlp: PolyGLU | GLU
         if config.ffn == "polyglu":
             shape = config.d_model, config.d_ff, config.n_activations
-            self.mlp = PolyGLU(*shape, config.routing_scope, config.kernels)
+            self.mlp = PolyGLU(*shape, config.routing_scope, config.kernels, config.routing)
         else:
             self.mlp = GLU(config.d_model, config.d_ff, config.ffn)
 
