@@ -30,7 +30,16 @@ MAY_IMPORT = {
     "data_report": {"data", "data_page", "page"},
     "compare": {"model", "data", "training", "interpretability", "page"},
     "cli": {
-        "demo", "data", "data_report", "training", "sft", "evaluation", "interpretability", "generate", "chat", "compare",
+        "demo",
+        "data",
+        "data_report",
+        "training",
+        "sft",
+        "evaluation",
+        "interpretability",
+        "generate",
+        "chat",
+        "compare",
     },
     "demo": {"data", "training", "sft", "evaluation", "interpretability", "report"},
 }
