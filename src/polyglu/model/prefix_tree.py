@@ -5,8 +5,8 @@
     a b c e f               e f        sees a b c: the beginning that it shares with the row before it
     a g                         g      sees a
 
-Exact where a token sees nothing after it: under routing scope ``causal``, and without routing. Under ``document``, where
-the tokens of a row route all of it, rows share nothing and lie behind each other.
+Exact where a token sees nothing after it: under routing scope ``causal``, and without routing. Under ``document``,
+where the tokens of a row route all of it, rows share nothing and lie behind each other.
 
 Shapes as in ``architecture``; N nodes, S rows.
 """
