@@ -22,11 +22,25 @@ MAY_IMPORT = {
     "training": {"model", "data"},
     "sft": {"model", "data", "training"},
     "evaluation": {"model", "data", "inference"},
-    "interpretability": {"model", "data", "inference"},
-    "report": {"interpretability"},
+    "page": set(),
+    "interpretability": {"model", "data", "inference", "page"},
+    "report": {"interpretability", "page"},
     "data_figure": {"interpretability"},
-    "data_report": {"data", "data_figure", "interpretability"},
-    "cli": {"demo", "data", "data_report", "training", "sft", "evaluation", "interpretability", "generate", "chat"},
+    "data_page": {"data", "data_figure", "interpretability", "page"},
+    "data_report": {"data", "data_page", "page"},
+    "compare": {"model", "data", "training", "interpretability", "page"},
+    "cli": {
+        "demo",
+        "data",
+        "data_report",
+        "training",
+        "sft",
+        "evaluation",
+        "interpretability",
+        "generate",
+        "chat",
+        "compare",
+    },
     "demo": {"data", "training", "sft", "evaluation", "interpretability", "report"},
 }
 """Part of the package -> other parts it may import."""
@@ -36,7 +50,9 @@ ONE_HOME = {
     "triton": "model/kernels/triton_",
     "wandb": "training/wandb_run.py",
     "lm_eval": "evaluation/",
-    "matplotlib": "interpretability/plotting.py",
+    "scipy": "compare/statistics.py",
+    "matplotlib": "interpretability/plotting",
+    "jinja2": "page/",
     "gigatoken": "data/encoding.py",
     "awkward": "data/encoding.py",
 }
@@ -107,7 +123,10 @@ else:
     subprocess.run([sys.executable, "-W", "error::ImportWarning", "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("verb", ["demo", "data", "train", "sft", "eval", "analyze", "generate", "chat"])
+STAGES = ["demo", "data", "train", "sft", "eval", "compare", "analyze", "ablate", "generate", "chat"]
+
+
+@pytest.mark.parametrize("verb", STAGES)
 def test_help_offers_the_stages(verb: str) -> None:
     from typer.testing import CliRunner
 

@@ -4,34 +4,25 @@ Each document is scored by itself after an end-of-document token, in windows of 
 longer; the end-of-document token that follows it is not counted.
 """
 
-import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-
-from polyglu.data.chunks import open_source
+from polyglu.data.held_out import first_documents
 from polyglu.data.tokenizer import Tokenizer
-from polyglu.errors import PolygluError
+from polyglu.evaluation.answers import Answers, Asker
 from polyglu.evaluation.scoring import rolling_requests, score
 from polyglu.model.architecture import PolychromaticLM
 
-READ_TOKENS = 65536
-"""Tokens read from a chunk at a time."""
-
-
-class Document(NamedTuple):
-    """Tokens of a held-out document."""
-
-    tokens: list[int]
-    n_bytes: int | None
-    """Bytes of its UTF-8 text; unknown for token chunks."""
-
 
 def perplexity(
-    model: PolychromaticLM, tokenizer: Tokenizer, tau: float, source: Path, *, max_tokens: int, batch_size: int
+    model: PolychromaticLM,
+    tokenizer: Tokenizer,
+    tau: float,
+    source: Path,
+    *,
+    max_tokens: int,
+    batch_size: int | None = None,
+    answers: Answers | None = None,
 ) -> dict[str, float | int]:
     """Perplexity of the first documents of a source.
 
@@ -41,7 +32,8 @@ def perplexity(
         tau: routing temperature, the checkpoint's.
         source: ``.jsonl`` file with a ``text`` in each line, or folder of token chunks.
         max_tokens: documents are read whole until they have this many tokens.
-        batch_size: windows that run together.
+        batch_size: windows that run together; as many as fit if absent.
+        answers: where the windows' log-likelihoods are taken from and kept.
 
     Returns:
         ``perplexity``, ``nats_per_token``, ``tokens``, ``documents``, and for texts ``bits_per_byte``.
@@ -49,13 +41,16 @@ def perplexity(
     Raises:
         PolygluError: no such source, not of its format, of another tokenizer, or without text.
     """
-    documents = _first_documents(_documents(source, tokenizer), max_tokens)
+    documents = first_documents(source, tokenizer, max_tokens)
     tokens = sum(len(document.tokens) for document in documents)
-    if not tokens:
-        raise PolygluError(f"{source} has no text to measure perplexity on.")
     longest = model.config.seq_length
-    requests = [window for doc in documents for window in rolling_requests(doc.tokens, tokenizer.eos_id, longest)]
-    scores = score(model, requests, tau, description=f"perplexity of {source.name}", max_rows=batch_size)
+    what = f"perplexity of {source.name}"
+    requests = [
+        window
+        for number, document in enumerate(documents)
+        for window in rolling_requests(document.tokens, tokenizer.eos_id, longest, Asker(what, doc=number))
+    ]
+    scores = score(model, requests, tau, description=what, max_rows=batch_size, answers=answers)
     nats = -math.fsum(found.log_likelihood for found in scores)
     result = {
         "perplexity": math.exp(min(nats / tokens, 700.0)),  # the largest exponent a float holds
@@ -65,56 +60,3 @@ def perplexity(
     }
     sizes = [document.n_bytes for document in documents if document.n_bytes is not None]
     return result | ({"bits_per_byte": nats / math.log(2) / sum(sizes)} if sizes else {})
-
-
-def _first_documents(documents: Iterator[Document], max_tokens: int) -> list[Document]:
-    kept: list[Document] = []
-    total = 0
-    for document in documents:
-        if total >= max_tokens:
-            break
-        kept.append(document)
-        total += len(document.tokens)
-    return kept
-
-
-def _documents(source: Path, tokenizer: Tokenizer) -> Iterator[Document]:
-    """Documents that have any text, in order."""
-    if not source.exists():
-        raise PolygluError(
-            f"{source} does not exist; give a .jsonl file with a 'text' in each line, or a chunk folder."
-        )
-    found = _documents_of_chunks(source, tokenizer) if source.is_dir() else _documents_of_text(source, tokenizer)
-    return (document for document in found if document.tokens)
-
-
-def _documents_of_text(source: Path, tokenizer: Tokenizer) -> Iterator[Document]:
-    with open(source, encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                text = json.loads(line)["text"]
-                tokens, n_bytes = tokenizer.encode(text), len(text.encode())
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                message = f"{source}, line {number}: expected a JSON object whose 'text' is a string."
-                raise PolygluError(message) from None
-            yield Document(tokens, n_bytes)
-
-
-def _documents_of_chunks(source: Path, tokenizer: Tokenizer) -> Iterator[Document]:
-    opened = open_source(source)
-    described = opened.manifest["tokenizer"]
-    if described["fingerprint"] != tokenizer.fingerprint:
-        raise PolygluError(
-            f"{source} was tokenised with '{described['name']}', the checkpoint uses '{tokenizer.name}'; "
-            "tokenise it again, or give its text as .jsonl."
-        )
-    rest: list[int] = []
-    for start in range(0, opened.n_tokens, READ_TOKENS):
-        part = opened.read(start, min(start + READ_TOKENS, opened.n_tokens))
-        ends = np.flatnonzero(part == opened.eos_id)
-        begin = 0
-        for end in ends.tolist():
-            yield Document([*rest, *part[begin:end].tolist()], None)
-            rest, begin = [], end + 1
-        rest += part[begin:].tolist()
-    yield Document(rest, None)

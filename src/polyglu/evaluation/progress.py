@@ -1,14 +1,56 @@
-"""Progress of long work, drawn on stderr."""
+"""Progress of long work with the time left, on stderr: a bar on a terminal, else a line of the log now and then."""
 
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-Item = TypeVar("Item")
+LINE_SECONDS = 30.0
+"""Between two lines of the log."""
+
+logger = logging.getLogger(__name__)
 
 
-def tracked(items: Sequence[Item], description: str) -> Iterable[Item]:
-    """Yield the items while a bar shows how many are done and how long the rest will take."""
-    return track(items, description, console=Console(stderr=True))
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """While the context lasts, show how much is done and how long the rest will take.
+
+    Args:
+        description: of the work.
+        total: how much there is; nothing is shown if that is 0.
+
+    Returns:
+        A function that is told how much more is done.
+    """
+    console = Console(stderr=True)
+    if not total:
+        yield lambda _more: None
+    elif console.is_terminal:
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times)
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(description, total=total)
+            yield lambda more: bar.advance(task, more)
+    else:
+        yield _Lines(description, total).advance
+
+
+class _Lines:
+    """Progress as lines of the log."""
+
+    def __init__(self, description: str, total: int) -> None:
+        self.description, self.total, self.done = description, total, 0
+        self.started = self.told = time.monotonic()
+
+    def advance(self, more: int) -> None:
+        self.done += more
+        now = time.monotonic()
+        if now - self.told < LINE_SECONDS or self.done == 0:
+            return
+        self.told = now
+        left = timedelta(seconds=round((now - self.started) / self.done * (self.total - self.done)))
+        logger.info("%s: %d of %d, about %s left", self.description, self.done, self.total, left)

@@ -2,13 +2,18 @@
 
     run_eval --checkpoint checkpoints/portable_final.pt --tasks gsm8k minerva_math --output results/pretrain_eval.json
 
-The results file is written once, when everything has succeeded.
+| written | what | when |
+|---|---|---|
+| ``pretrain_eval.answers.jsonl`` | the model's answers; the same command, run again, takes them over | as they come |
+| ``pretrain_eval.samples/TASK.jsonl`` | each sample with prompt, answer, target and scores, for reading | at the end |
+| ``pretrain_eval.json`` | the results | at the end |
 """
 
 import platform
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -22,8 +27,10 @@ from rich.console import Console
 from rich.table import Table
 
 from polyglu.errors import PolygluError, run_command
+from polyglu.evaluation.answers import Answers, KeptAnswers, answers_file, identity, stoppable
 from polyglu.evaluation.model_wrapper import HarnessModel
 from polyglu.evaluation.perplexity import perplexity
+from polyglu.evaluation.samples import plain, readable, samples_folder, write_samples
 from polyglu.evaluation.task_loading import load_tasks
 from polyglu.files import check_writable, write_json
 from polyglu.inference import Inference, open_for_inference
@@ -32,8 +39,6 @@ from polyglu.model.config import RoutingScope
 
 KEPT_SAMPLES = 5
 """Samples of each task that the results keep."""
-VERDICTS = ("exact_match", "math_verify", "acc")
-"""Metrics that say whether a sample is answered correctly, the first one that a task has."""
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "lm_eval", "polyglu")
 _SEES_AHEAD = (
     "routing sees the whole {}, later tokens included: log-likelihoods and perplexities are not those of a language "
@@ -59,8 +64,8 @@ class EvalSettings:
     """Examples of each task; all if absent."""
     num_fewshot: int | None = None
     """Examples in the prompt; each task's own number if absent."""
-    batch_size: int = 16
-    """Requests that run together; results do not depend on it."""
+    batch_size: int | None = None
+    """Inputs or prompts that run together, as many as fit if absent; results do not depend on it."""
     perplexity_tokens: int = 100_000
     """Documents of a source are read whole until they have this many tokens."""
     tokenizer: str | None = None
@@ -73,18 +78,30 @@ class EvalSettings:
     """Folder with the data files of the shipped tasks (``demo_arithmetic``, ``demo_arithmetic_chat``)."""
     apply_chat_template: bool = False
     """Prompts become conversations, for a fine-tuned checkpoint."""
+    system_instruction: str | None = None
+    """Stands before every prompt; in a conversation it is the system's turn."""
+    seed: int = 0
+    """Of answers that are drawn."""
 
 
-def evaluate_checkpoint(settings: EvalSettings) -> dict[str, Any]:
+def evaluate_checkpoint(settings: EvalSettings, output: Path | None = None, fresh: bool = False) -> dict[str, Any]:
     """Evaluate a checkpoint.
+
+    Args:
+        settings: what and how.
+        output: results file to write; answers are kept beside it as they come, and taken over by the next run. Absent:
+            nothing is written.
+        fresh: forget the answers of earlier runs.
 
     Returns:
         Plain values, ready for JSON: ``settings``, ``versions``, ``checkpoint``, ``routing_scope``, ``results`` (per
-        task or group: metrics with standard errors, ``n_samples``, ``num_fewshot``), ``samples`` (per task: prompt,
-        output, target, correct or not), ``perplexity`` (per source), ``seconds``, ``finished_at``.
+        task or group: metrics with standard errors, ``n_samples``, ``num_fewshot``, and ``n_cut`` if prompts were
+        cut), ``samples`` (the first of each task, as ``readable`` gives them), ``perplexity`` (per source),
+        ``seconds``, ``finished_at``.
 
     Raises:
-        PolygluError: nothing to evaluate, bad checkpoint or tokenizer, unknown task, or data out of reach.
+        PolygluError: nothing to evaluate, bad checkpoint or tokenizer, unknown task, data out of reach, or another
+            process evaluates into ``output``.
     """
     if not settings.tasks and not settings.perplexity:
         raise PolygluError("nothing to evaluate: name tasks with --tasks or sources with --perplexity NAME=PATH.")
@@ -100,10 +117,35 @@ def evaluate_checkpoint(settings: EvalSettings) -> dict[str, Any]:
             data_dir=settings.data_dir,
             num_fewshot=settings.num_fewshot,
         )
-        perplexities = {name: _perplexity(path, opened, settings) for name, path in settings.perplexity.items()}
-        results, samples = _run_tasks(tasks, opened, settings) if settings.tasks else ({}, {})
+        answers = (
+            Answers()
+            if output is None
+            else KeptAnswers(answers_file(output), identity(opened, settings.apply_chat_template), fresh)
+        )
+        with closing(answers):
+            perplexities = {
+                name: _perplexity(path, opened, settings, answers) for name, path in settings.perplexity.items()
+            }
+            results, samples = _run_tasks(tasks, opened, settings, answers) if settings.tasks else ({}, {})
+            evaluated = {
+                **_described(settings, opened, device),
+                "results": results,
+                "samples": {
+                    task: [readable(sample) for sample in logged[:KEPT_SAMPLES]] for task, logged in samples.items()
+                },
+                "perplexity": perplexities,
+                "seconds": round(time.monotonic() - started, 2),
+                "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+            if output is not None:
+                write_samples(samples_folder(output), samples)
+                write_json(output, evaluated)
+    return evaluated
+
+
+def _described(settings: EvalSettings, opened: Inference, device: str) -> dict[str, Any]:
     return {
-        "settings": _plain(asdict(settings) | {"device": device}),
+        "settings": plain(asdict(settings) | {"device": device}),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         "checkpoint": {
             "path": str(settings.checkpoint),
@@ -113,15 +155,10 @@ def evaluate_checkpoint(settings: EvalSettings) -> dict[str, Any]:
             "tokenizer": opened.tokenizer.name,
         },
         "routing_scope": {"scope": opened.routing_scope, "note": SCOPE_NOTES[opened.routing_scope]},
-        "results": results,
-        "samples": samples,
-        "perplexity": perplexities,
-        "seconds": round(time.monotonic() - started, 2),
-        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _perplexity(path: Path, opened: Inference, settings: EvalSettings) -> dict[str, float | int]:
+def _perplexity(path: Path, opened: Inference, settings: EvalSettings, answers: Answers) -> dict[str, float | int]:
     return perplexity(
         opened.model,
         opened.tokenizer,
@@ -129,53 +166,46 @@ def _perplexity(path: Path, opened: Inference, settings: EvalSettings) -> dict[s
         path,
         max_tokens=settings.perplexity_tokens,
         batch_size=settings.batch_size,
+        answers=answers,
     )
 
 
 def _run_tasks(
-    tasks: dict[str, Any], opened: Inference, settings: EvalSettings
+    tasks: dict[str, Any], opened: Inference, settings: EvalSettings, answers: Answers
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[dict[str, Any]]]]:
-    """Metrics and the first samples of each task."""
+    """Metrics and the samples of each task, as the harness logs them."""
     chat = settings.apply_chat_template
-    model = HarnessModel(opened.model, opened.tokenizer, opened.tau, settings.batch_size, chat)
-    found = evaluate(model, tasks, limit=settings.limit, apply_chat_template=chat, fewshot_as_multiturn=chat)
+    model = HarnessModel(
+        opened.model,
+        opened.tokenizer,
+        opened.tau,
+        settings.batch_size,
+        chat,
+        seed=settings.seed,
+        answers=answers,
+        versions={name: str(task.VERSION) for name, task in tasks["tasks"].items()},
+    )
+    found = evaluate(
+        model,
+        tasks,
+        limit=settings.limit,
+        system_instruction=settings.system_instruction,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+    )
     results = {
         name: _metrics(values)
         | ({"n_samples": found["n-samples"][name]["effective"]} if name in found["n-samples"] else {})
         | ({"num_fewshot": found["n-shot"][name]} if name in found["n-shot"] else {})
+        | ({"n_cut": model.cut[name]} if name in model.cut else {})
         for name, values in {**found["results"], **found.get("groups", {})}.items()
     }
-    samples = {name: [_sample(sample) for sample in kept[:KEPT_SAMPLES]] for name, kept in found["samples"].items()}
-    return results, samples
+    return results, found["samples"]
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a task, under the harness's keys (``exact_match,strict-match``, ``exact_match_stderr,...``)."""
     return {key: float(value) for key, value in values.items() if "," in key and isinstance(value, int | float)}
-
-
-def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
-    arguments, responses = sample["arguments"], sample["resps"]
-    verdict = next((sample[metric] for metric in VERDICTS if metric in sample["metrics"]), None)
-    kept = {
-        "prompt": arguments[0][0],
-        "output": responses[0][0] if len(responses) == 1 else [response[0] for response in responses],
-        "extracted": sample["filtered_resps"],
-        "target": sample["target"],
-        "filter": sample["filter"],
-        "correct": None if verdict is None else bool(verdict),
-        "metrics": {metric: sample[metric] for metric in sample["metrics"]},
-    }
-    return {key: _plain(value) for key, value in kept.items()}
-
-
-def _plain(value: Any) -> Any:
-    """Values that JSON knows."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
@@ -207,6 +237,14 @@ def _sources(pairs: Sequence[str]) -> dict[str, Path]:
     return sources
 
 
+def _batch_size(given: str) -> int | None:
+    if given == "auto":
+        return None
+    if not given.isdecimal() or int(given) < 1:
+        raise PolygluError(f"--batch-size {given!r} is neither auto nor a whole number from 1 on.")
+    return int(given)
+
+
 def main(
     checkpoint: Annotated[Path, typer.Option(help="Portable .pt file, or safetensors folder.")],
     output: Annotated[Path, typer.Option(help="Results file (JSON).")],
@@ -217,7 +255,7 @@ def main(
     more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Requests that run together.")] = EvalSettings.batch_size,
+    batch_size: Annotated[str, typer.Option(help="Requests that run together; auto: as many as fit.")] = "auto",
     perplexity_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of each source.")
     ] = EvalSettings.perplexity_tokens,
@@ -228,6 +266,9 @@ def main(
     apply_chat_template: Annotated[
         bool, typer.Option("--apply-chat-template", help="Prompts become conversations (fine-tuned checkpoints).")
     ] = False,
+    system_instruction: Annotated[str | None, typer.Option(help="Stands before every prompt.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of answers that are drawn.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget the answers kept from earlier runs.")] = False,
 ) -> None:
     """Evaluate a checkpoint on lm-evaluation-harness tasks and held-out text; write the results as JSON."""
     configure_logging()
@@ -239,23 +280,25 @@ def main(
         perplexity=_sources([*(perplexity or []), *(pair for pair in further if "=" in pair)]),
         limit=limit,
         num_fewshot=num_fewshot,
-        batch_size=batch_size,
+        batch_size=_batch_size(batch_size),
         perplexity_tokens=perplexity_tokens,
         tokenizer=tokenizer,
         device=device,
         include_path=include_path,
         data_dir=data_dir,
         apply_chat_template=apply_chat_template,
+        system_instruction=system_instruction,
+        seed=seed,
     )
     if output.is_dir():
         raise PolygluError(f"--output {output} is a folder; give the name of a results file in it.")
     check_writable(output.parent, "--output folder")
-    results = evaluate_checkpoint(settings)
-    write_json(output, results)
+    with stoppable(answers_file(output)):
+        results = evaluate_checkpoint(settings, output, fresh)
     console = Console(stderr=True)
     console.print(results_table(results))
     console.print(f"{results['routing_scope']['scope']} scope: {results['routing_scope']['note']}")
-    console.print(f"results: {output}")
+    console.print(f"results: {output}; samples: {samples_folder(output)}")
 
 
 if __name__ == "__main__":

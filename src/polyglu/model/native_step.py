@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 
 from polyglu.model.architecture import Block, PolychromaticLM
-from polyglu.model.feed_forward import PolyGLU
+from polyglu.model.feed_forward import PolyGLU, Router
 from polyglu.model.kernels import decode, native
 
 
 def native_serves(model: PolychromaticLM, dtype: torch.dtype) -> bool:
     """Whether ``NativeStep`` can run a model whose keys and values have a dtype."""
+    config = model.config
     if model.embed_tokens.weight.device.type != "cpu" or dtype != torch.float32:
         return False
-    return model.config.kernels in ("auto", "native") and native.available() and decode.available()
+    if config.ffn == "polyglu" and config.routing == "static":  # it has no router
+        return False
+    return config.kernels in ("auto", "native") and native.available() and decode.available()
 
 
 class Routed(NamedTuple):
@@ -92,5 +95,6 @@ def _layer(block: Block, model: PolychromaticLM, tau: float) -> Layer:
 
 def _routed(mlp: PolyGLU, tau: float) -> Routed:
     router = mlp.router
+    assert isinstance(router, Router)
     weights = decode.Router(router.hidden.bias, router.out.weight, router.out.bias, mlp.beta)
     return Routed(router.hidden.weight, weights, (mlp.alpha / tau).T.contiguous()[:, None])

@@ -1,6 +1,5 @@
 """Files of JSON rows, one a line, that grow while a run lives: a kill, a full disk or a return leaves whole rows."""
 
-import errno
 import json
 import logging
 import os
@@ -8,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from polyglu.files import flush, write_text
+from polyglu.files import append_rows, flush, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ class RowFile:
         """Add rows by one call of the system; they outlive the process, and after ``sync`` a power cut."""
         self.unwritten += rows
         try:
-            _append(self.path, self.unwritten)
+            append_rows(self.path, self.unwritten)
         except OSError as error:
             self._tell(error)
         else:
@@ -90,18 +89,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Create or replace a file of rows, atomically."""
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    with open(path, "ab", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        try:
-            if file.write(data) != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        except OSError:
-            file.truncate(size)  # no half of a row stays before the next one
-            raise
 
 
 def _length(path: Path, step: int) -> int:

@@ -72,7 +72,7 @@ def test_scores_are_the_same_at_any_batch_size(run: Any, tmp_path: Path) -> None
     settings = settings_for(
         run, tasks=["demo_arithmetic", "local_choice"], include_path=tasks, perplexity={"held": run.data / "held.jsonl"}
     )
-    single, *others = [evaluate_checkpoint(replace(settings, batch_size=size)) for size in (1, 4, 64)]
+    single, *others = [evaluate_checkpoint(replace(settings, batch_size=size)) for size in (1, 8, None)]
     assert single["results"]["local_choice"]["acc,none"] > 0.5
     for other in others:
         assert other["results"] == single["results"]
@@ -96,6 +96,21 @@ def test_few_shot_examples_and_defaults(run: Any, tmp_path: Path) -> None:
     assert results["samples"]["local_choice"][0]["prompt"].count("Question:") == 3
 
 
+def test_examples_and_system_instruction_are_turns_of_the_conversation(run: Any, tmp_path: Path) -> None:
+    text = CHOICE_TASK.format(file=run.data / "arithmetic_test.jsonl", cache=tmp_path / "cache")
+    text = text.replace("Question: {{question}}\\nAnswer:", "{{question}}") + "fewshot_split: test\n"
+    (tmp_path / "choice.yaml").write_text(text)
+    settings = settings_for(run, tasks=["local_choice"], include_path=tmp_path, num_fewshot=2, limit=1)
+    results = evaluate_checkpoint(replace(settings, apply_chat_template=True, system_instruction="Add."))
+    turns = results["samples"]["local_choice"][0]["prompt"].split("<|im_start|>")
+    assert [turn.partition("\n")[0] for turn in turns[1:]] == ["system", *["user", "assistant"] * 3]
+    assert turns[1] == "system\nAdd.<|im_end|>\n"
+    assert turns[2].endswith(" =<|im_end|>\n") and turns[3].removesuffix("<|im_end|>\n") != turns[3]
+    assert turns[-2:] == ["user\n3 + 4 =<|im_end|>\n", "assistant\n"]
+    plain = evaluate_checkpoint(replace(settings, system_instruction="Add."))
+    assert plain["samples"]["local_choice"][0]["prompt"].startswith("Add.")
+
+
 def test_command_line_writes_whole_results(run: Any, tmp_path: Path) -> None:
     output = tmp_path / "results" / "eval.json"
     arguments = (
@@ -114,7 +129,7 @@ def test_command_line_writes_whole_results(run: Any, tmp_path: Path) -> None:
     assert results["settings"]["limit"] == 2 and results["settings"]["perplexity"]["first"].endswith("held.jsonl")
     assert {"python", "torch", "transformers", "lm_eval", "polyglu"} <= set(results["versions"])
     assert results["routing_scope"]["scope"] == "causal"
-    assert [file.name for file in output.parent.iterdir()] == ["eval.json"]
+    assert {file.name for file in output.parent.iterdir()} == {"eval.json", "eval.answers.jsonl", "eval.samples"}
 
 
 def test_repeated_runs_agree(run: Any) -> None:
@@ -172,11 +187,20 @@ def test_a_gated_data_set_says_where_to_accept_its_licence(tmp_path: Path, monke
         load_tasks(["hub_choice"], tmp_path / "scratch", include_path=hub_task(tmp_path))
 
 
-@pytest.mark.parametrize("arguments", ["--output {folder}", "--output {folder}/eval.json --perplexity held"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--output {folder}",
+        "--output {folder}/eval.json --perplexity held",
+        "--output {folder}/eval.json --batch-size 0",
+        "--output {folder}/eval.json --batch-size some",
+    ],
+)
 def test_bad_arguments_are_found_before_any_work(run: Any, tmp_path: Path, arguments: str) -> None:
     line = f"--checkpoint {run.checkpoint} --tasks demo_arithmetic {arguments.format(folder=tmp_path)}"
     outcome = CliRunner().invoke(app, line.split())
     assert isinstance(outcome.exception, PolygluError)
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_left_outside(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

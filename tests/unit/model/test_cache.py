@@ -7,7 +7,7 @@ from models import sharp_model
 
 from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.cache import Cache, slots_within
-from polyglu.model.config import FeedForward, RoutingScope
+from polyglu.model.config import FeedForward, RoutingParts, RoutingScope
 
 TAU = 0.4
 LIMIT = 24
@@ -162,3 +162,14 @@ def test_slots_fill_the_bytes_they_are_given() -> None:
     assert [slots_within(model, n, LIMIT) for n in (1, of_slot, 3 * of_slot - 1, 3 * of_slot)] == [1, 1, 2, 3]
     cache = Cache(model, TAU, 3, LIMIT)
     assert cache.keys.nbytes + cache.values.nbytes == 3 * of_slot
+
+
+@pytest.mark.parametrize("routing", ["static", "dynamic"])
+def test_models_that_route_by_one_part_alone(routing: RoutingParts) -> None:
+    model = sharp_model(seq_length=LIMIT, routing_scope="causal", routing=routing)
+    cache, row = Cache(model, TAU, 1, LIMIT), tokens(5, 1)
+    assert (cache.native is None) == (routing == "static")
+    check(model, [row], cache.prefill([row], [0]))
+    for new in tokens(6, 2):
+        row = [*row, new]
+        check(model, [row], cache.step([new]))

@@ -189,7 +189,7 @@ def kills(moments: list[tuple[int, float]]) -> Iterator[None]:
         return run
 
     with (
-        mock.patch.object(row_file, "_append", deadly(row_file._append, tear=True)),
+        mock.patch.object(row_file, "append_rows", deadly(row_file.append_rows, tear=True)),
         mock.patch.object(row_file.os, "truncate", deadly(row_file.os.truncate, tear=False)),
         mock.patch.object(row_file, "write_text", deadly(row_file.write_text, tear=False)),
         mock.patch.object(row_file, "flush", deadly(row_file.flush, tear=False)),
