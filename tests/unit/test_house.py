@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src/polyglu"
-COMMON = {"errors", "files", "config_file", "logs", "__init__"}
+COMMON = {"errors", "files", "config_file", "logs", "estimates", "__init__"}
 MAY_IMPORT = {
     "model": set(),
     "data": set(),
@@ -22,6 +22,8 @@ MAY_IMPORT = {
     "interpretability": {"model", "data", "inference"},
     "report": {"interpretability"},
     "data_figure": {"interpretability"},
+    "eval_comparison_figure": {"interpretability"},
+    "eval_comparison": {"evaluation", "eval_comparison_figure", "interpretability"},
     "data_report": {"data", "data_figure", "interpretability"},
     "cli": {"demo", "data", "data_report", "training", "sft", "evaluation", "interpretability", "generate"},
     "demo": {"data", "training", "sft", "evaluation", "interpretability", "report"},

@@ -11,9 +11,8 @@ import ast
 import gzip
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -136,15 +135,21 @@ def _suffix(path: Path) -> str:
     return next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), "")
 
 
-def read_rows(files: SplitFiles, split: str, task: LocalTask) -> pa.Table:
+def read_rows(files: SplitFiles, split: str, task: LocalTask, read: Callable[[Path], pa.Table]) -> pa.Table:
     """Read the rows of a task.
+
+    Args:
+        files: of the task.
+        split: which of them.
+        task: whose rows.
+        read: ``read_file``, or one that remembers files which several tasks share.
 
     Raises:
         PolygluError: a file is damaged, lacks a column or a value, or has no row of the task.
     """
     tables = []
     for path in files.splits[split]:
-        table = _read(path)
+        table = read(path)
         if missing := task.columns - set(table.column_names):
             raise PolygluError(
                 f"{path} has the columns {_listed(table.column_names)}; task '{task.name}' reads "
@@ -165,9 +170,12 @@ def read_rows(files: SplitFiles, split: str, task: LocalTask) -> pa.Table:
     return rows
 
 
-@cache
-def _read(path: Path) -> pa.Table:
-    """Read a whole file; once, though many tasks may share it."""
+def read_file(path: Path) -> pa.Table:
+    """Read a whole file of rows.
+
+    Raises:
+        PolygluError: it is damaged, or not what its name says.
+    """
     try:
         if path.suffix == ".parquet":
             return pq.read_table(path)

@@ -2,11 +2,14 @@
 
 Each document is scored by itself after an end-of-document token, in windows of the model's ``seq_length`` where it is
 longer; the end-of-document token that follows it is not counted.
+
+Documents are what is drawn from a source, so the intervals are over documents: the tokens of one document are much alike,
+and an interval over tokens would be far too narrow.
 """
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +18,15 @@ import numpy as np
 from polyglu.data.chunks import open_source
 from polyglu.data.tokenizer import Tokenizer
 from polyglu.errors import PolygluError
+from polyglu.estimates import Estimate, ratio_estimate
 from polyglu.evaluation.answers import Answers, Asker
 from polyglu.evaluation.scoring import rolling_requests, score
 from polyglu.model.architecture import PolychromaticLM
 
 READ_TOKENS = 65536
 """Tokens read from a chunk at a time."""
+MAX_EXPONENT = 700.0
+"""Little under the largest that a float's exponential holds."""
 
 
 class Document(NamedTuple):
@@ -28,7 +34,7 @@ class Document(NamedTuple):
 
     tokens: list[int]
     n_bytes: int | None
-    """Bytes of its UTF-8 text; unknown for token chunks."""
+    """Bytes of its UTF-8 text; of token chunks, after normalisation. None if the tokenizer is not byte-level."""
 
 
 def perplexity(
@@ -53,7 +59,10 @@ def perplexity(
         answers: where the windows' log-likelihoods are taken from and kept.
 
     Returns:
-        ``perplexity``, ``nats_per_token``, ``tokens``, ``documents``, and for texts ``bits_per_byte``.
+        ``tokens``, ``documents``; ``nats_per_token`` and ``perplexity``, its exponential; ``bytes`` and
+        ``bits_per_byte``, if bytes are known. Each of the three with ``_low`` and ``_high``, the 95% confidence
+        interval over documents (``ratio_estimate``), and the two that are ratios with ``_stderr``; a single document
+        gives none.
 
     Raises:
         PolygluError: no such source, not of its format, of another tokenizer, or without text.
@@ -70,15 +79,31 @@ def perplexity(
         for window in rolling_requests(document.tokens, tokenizer.eos_id, longest, Asker(what, doc=number))
     ]
     scores = score(model, requests, tau, description=what, max_rows=batch_size, answers=answers)
-    nats = -math.fsum(found.log_likelihood for found in scores)
-    result = {
-        "perplexity": math.exp(min(nats / tokens, 700.0)),  # the largest exponent a float holds
-        "nats_per_token": nats / tokens,
-        "tokens": tokens,
-        "documents": len(documents),
-    }
+    nats = [0.0] * len(documents)
+    for request, found in zip(requests, scores, strict=True):
+        nats[request.asker.doc or 0] -= found.log_likelihood
+    return _summary(documents, nats)
+
+
+def _summary(documents: Sequence[Document], nats: Sequence[float]) -> dict[str, float | int]:
+    """Numbers of a source from its documents and the negative log-likelihood of each."""
+    lengths = [len(document.tokens) for document in documents]
+    per_token = ratio_estimate(nats, lengths)
+    result: dict[str, float | int] = {"tokens": sum(lengths), "documents": len(documents)}
+    result |= _named("nats_per_token", per_token)
+    for end, value in (("", per_token.value), ("_low", per_token.low), ("_high", per_token.high)):
+        if value is not None:
+            result[f"perplexity{end}"] = math.exp(min(value, MAX_EXPONENT))
     sizes = [document.n_bytes for document in documents if document.n_bytes is not None]
-    return result | ({"bits_per_byte": nats / math.log(2) / sum(sizes)} if sizes else {})
+    if len(sizes) == len(documents):
+        result["bytes"] = sum(sizes)
+        result |= _named("bits_per_byte", ratio_estimate([value / math.log(2) for value in nats], sizes))
+    return result
+
+
+def _named(name: str, estimate: Estimate) -> dict[str, float]:
+    ends = {"": estimate.value, "_stderr": estimate.stderr, "_low": estimate.low, "_high": estimate.high}
+    return {f"{name}{end}": value for end, value in ends.items() if value is not None}
 
 
 def _first_documents(documents: Iterator[Document], max_tokens: int) -> list[Document]:
@@ -122,13 +147,18 @@ def _documents_of_chunks(source: Path, tokenizer: Tokenizer) -> Iterator[Documen
             f"{source} was tokenised with '{described['name']}', the checkpoint uses '{tokenizer.name}'; "
             "tokenise it again, or give its text as .jsonl."
         )
+    sizes = tokenizer.token_bytes
+
+    def document(tokens: list[int]) -> Document:
+        return Document(tokens, None if sizes is None else sum(sizes[token] for token in tokens))
+
     rest: list[int] = []
     for start in range(0, opened.n_tokens, READ_TOKENS):
         part = opened.read(start, min(start + READ_TOKENS, opened.n_tokens))
         ends = np.flatnonzero(part == opened.eos_id)
         begin = 0
         for end in ends.tolist():
-            yield Document([*rest, *part[begin:end].tolist()], None)
+            yield document([*rest, *part[begin:end].tolist()])
             rest, begin = [], end + 1
         rest += part[begin:].tolist()
-    yield Document(rest, None)
+    yield document(rest)

@@ -8,8 +8,9 @@ cannot be loaded becomes one sentence.
 import difflib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from lm_eval.tasks._index import Entry, Kind
 
 from polyglu.data.hub import resolve_revision
 from polyglu.errors import PolygluError
-from polyglu.evaluation.local_data import LocalTask, find_files, needed_columns, read_rows
+from polyglu.evaluation.local_data import LocalTask, find_files, needed_columns, read_file, read_rows
 from polyglu.files import write_text
 
 SHIPPED_TASKS = Path(__file__).parent / "tasks"
@@ -79,11 +80,8 @@ def load_tasks(
     datasets.disable_progress_bars()
     names = list(dict.fromkeys(names))
     manager = _manager(names, scratch, include_path, data_dir)
-    for name in names if data_dir is not None else ():
-        for entry in list(_leaves(name, manager.task_index)):
-            if _hub_data(entry) is not None:
-                shots = _few_shot((entry.cfg or {}).get("num_fewshot"), DEFAULT_FEW_SHOT.get(name, 0), num_fewshot)
-                manager.task_index[entry.name] = _with_local_data(entry, name, data_dir, scratch, shots)
+    if data_dir is not None:
+        _take_local_data(names, manager.task_index, data_dir, scratch, num_fewshot)
     entries = [entry for name in names for entry in _leaves(name, manager.task_index)]
     for entry in entries:
         _check_files(entry, data_dir)
@@ -142,8 +140,22 @@ def _leaves(name: str, index: Mapping[str, Entry]) -> Iterator[Entry]:
             yield from _leaves(child, index)
 
 
-def _with_local_data(entry: Entry, asked_as: str, data_dir: Path, scratch: Path, shots: int) -> Entry:
-    """Make a task read local files: its rows as Parquet, and a task file that includes the harness's.
+def _take_local_data(
+    names: Sequence[str], index: dict[str, Entry], data_dir: Path, scratch: Path, num_fewshot: int | None
+) -> None:
+    """Make the tasks of an index that take their data from the hub read local files."""
+    read = cache(read_file)
+    for name in names:
+        for entry in list(_leaves(name, index)):
+            if _hub_data(entry) is not None:
+                shots = _few_shot((entry.cfg or {}).get("num_fewshot"), DEFAULT_FEW_SHOT.get(name, 0), num_fewshot)
+                index[entry.name] = _with_local_data(entry, name, data_dir, scratch, shots, read)
+
+
+def _with_local_data(
+    entry: Entry, asked_as: str, data_dir: Path, scratch: Path, shots: int, read: Callable[[Path], Any]
+) -> Entry:
+    """Write a task's rows as Parquet, and a task file that includes the harness's and reads them.
 
     Splits that the run does not need are not asked for.
     """
@@ -159,7 +171,7 @@ def _with_local_data(entry: Entry, asked_as: str, data_dir: Path, scratch: Path,
     files = find_files(task, data_dir.resolve(), splits)
     prepared = {}
     for split in splits:
-        rows = read_rows(files, split, task)
+        rows = read_rows(files, split, task, read)
         if split == examples and rows.num_rows < (fewest := shots + (split == evaluated)):
             raise PolygluError(
                 f"{files.splits[split][0]} has {rows.num_rows} rows of task '{entry.name}', whose prompts take "

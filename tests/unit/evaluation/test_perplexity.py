@@ -50,7 +50,6 @@ def test_chunks_give_what_their_texts_give(
         tmp_path / "chunks", ids, vocab_size=300, chunk_tokens=37, fingerprint=opened.tokenizer.fingerprint
     )
     expected = measure(opened, write_texts(tmp_path / "texts.jsonl", texts))
-    del expected["bits_per_byte"]
     assert measure(opened, folder) == pytest.approx(expected)
 
 
