@@ -25,7 +25,9 @@ MAY_IMPORT = {
     "eval_comparison_figure": {"interpretability"},
     "eval_comparison": {"evaluation", "eval_comparison_figure", "interpretability"},
     "data_report": {"data", "data_figure", "interpretability"},
-    "cli": {"demo", "data", "data_report", "training", "sft", "evaluation", "interpretability", "generate"},
+    "cli": {
+        "demo", "data", "data_report", "training", "sft", "evaluation", "eval_comparison", "interpretability", "generate",
+    },
     "demo": {"data", "training", "sft", "evaluation", "interpretability", "report"},
 }
 """Part of the package -> other parts it may import."""
