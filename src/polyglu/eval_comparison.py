@@ -193,10 +193,10 @@ def comparison_table(rows: Iterable[Row]) -> Table:
     """Rows as a table."""
     table = Table(title="B against A", title_justify="left")
     for column in ("task", "metric"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", min_width=10)
     for column in ("A ± stderr", "B ± stderr", "B - A ± stderr"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("how", overflow="fold")
+        table.add_column(column, justify="right")
+    table.add_column("how", min_width=8)
     for row in rows:
         how = f"not comparable: {'; '.join(row['not_comparable'])}" if row["not_comparable"] else row["method"] or ""
         cells = [_with_error(found["value"], found["stderr"]) if found else "–" for found in (row["a"], row["b"])]

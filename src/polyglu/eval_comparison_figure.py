@@ -63,6 +63,9 @@ def _draw_scores(
     panel.set_ylim(max(1, len(rows)) - 0.5, -0.5)
     held_out = bool(rows) and "," not in rows[0]["metric"]
     panel.set(title=title, xlabel="lower is better" if held_out else "share of the samples")
+    if not held_out:
+        low, high = panel.get_xlim()
+        panel.set_xlim(max(low, -0.03), min(high, 1.03))  # an interval of few samples goes beyond what is possible
     panel.grid(axis="x", color=GRID)
     panel.set_axisbelow(True)
 

@@ -21,7 +21,7 @@ import yaml
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 
-from polyglu.data.hub import resolve_revision
+from polyglu.data.hub import HubUnreachable, resolve_revision
 from polyglu.errors import PolygluError
 from polyglu.evaluation.local_data import LocalTask, find_files, needed_columns, read_file, read_rows
 from polyglu.files import write_text
@@ -87,7 +87,10 @@ def load_tasks(
         _check_files(entry, data_dir)
     if not os.environ.get("HF_HUB_OFFLINE"):
         for path in sorted({path for entry in entries if (path := _hub_data(entry))}):
-            resolve_revision(path)  # says at once what the libraries would say after their retries
+            try:
+                resolve_revision(path)  # says at once what the libraries would say after their retries
+            except HubUnreachable as error:
+                raise PolygluError(f"{error} Local files of the data set are read with --data-dir.") from None
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in names:
         found = _load(name, manager)
