@@ -5,8 +5,8 @@
     B.json, B.samples/ ─┘
 
 A difference is B - A. Where the samples of both are there, it is taken sample by sample (paired): what makes a question
-hard for both cancels, and the standard error is that of the mean difference. Otherwise the two standard errors are added
-in quadrature, as of independent samples. Results that were not measured alike have no difference, but the reason why.
+hard for both cancels, and the standard error is that of the mean difference. Otherwise the two standard errors are
+added in quadrature, as of independent samples. Results that were not measured alike have no difference, but the reason why.
 """
 
 import json
@@ -234,8 +234,7 @@ def main(
     rows = compare(ours, theirs, samples_folder(a), samples_folder(b))
     notes = noted(ours, theirs)
     sides = {
-        side: {"file": str(path), **found["checkpoint"]}
-        for side, path, found in (("a", a, ours), ("b", b, theirs))
+        side: {"file": str(path), **found["checkpoint"]} for side, path, found in (("a", a, ours), ("b", b, theirs))
     }
     write_json(output / "comparison.json", {**sides, "rows": rows, "notes": notes})
     figure = draw(rows, sides, notes)

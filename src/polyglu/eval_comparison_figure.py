@@ -25,8 +25,8 @@ def draw(rows: Sequence[Mapping[str, Any]], sides: Mapping[str, Mapping[str, Any
     panels = [(title, found[:MOST_ROWS]) for title, found in (("score", shares), ("held-out text", held_out)) if found]
     left_out = len(rows) - sum(len(found) for _, found in panels)
     caption = [
-        "Bars: 95% intervals (1.96 standard errors). A filled mark on the right is a paired difference, a hollow one an "
-        "unpaired one; none where the two were not measured alike."
+        "Bars: 95% intervals (1.96 standard errors). A filled mark on the right is a paired difference, a hollow one "
+        "an unpaired one; none where the two were not measured alike."
     ]
     if left_out:
         caption.append(f"{left_out} rows (tasks inside a group, metrics that are no shares) are in the table only.")

@@ -26,7 +26,15 @@ MAY_IMPORT = {
     "eval_comparison": {"evaluation", "eval_comparison_figure", "interpretability"},
     "data_report": {"data", "data_figure", "interpretability"},
     "cli": {
-        "demo", "data", "data_report", "training", "sft", "evaluation", "eval_comparison", "interpretability", "generate",
+        "demo",
+        "data",
+        "data_report",
+        "training",
+        "sft",
+        "evaluation",
+        "eval_comparison",
+        "interpretability",
+        "generate",
     },
     "demo": {"data", "training", "sft", "evaluation", "interpretability", "report"},
 }

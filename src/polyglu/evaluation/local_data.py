@@ -78,8 +78,8 @@ def find_files(task: LocalTask, data_dir: Path, splits: Sequence[str]) -> SplitF
         for split, files in found.items():
             if not files:
                 raise PolygluError(
-                    f"task '{task.name}' takes examples for its prompts from the split '{split}', which {folder} lacks; "
-                    f"add {split}.jsonl or {split}.parquet there, or pass --num-fewshot 0."
+                    f"task '{task.name}' takes examples for its prompts from the split '{split}', which {folder} "
+                    f"lacks; add {split}.jsonl or {split}.parquet there, or pass --num-fewshot 0."
                 )
         return SplitFiles(folder, found, shared)
     split, roots = splits[0], " or ".join(dict.fromkeys((task.name, task.asked_as, task.dataset.split("/")[-1])))
@@ -102,8 +102,10 @@ def _folders(task: LocalTask, data_dir: Path) -> Iterator[tuple[Path, bool]]:
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
-    """Files of a split in a folder, in order: ``test.jsonl``, ``test-00000-of-00002.parquet`` and its likes, all files
-    of a folder ``test``, or ``anything_test.jsonl``; empty if there are none.
+    """Find the files of a split in a folder, in order; empty if there are none.
+
+    They are ``test.jsonl``, or ``test-00000-of-00002.parquet`` and its likes; else all files of a folder ``test``;
+    else ``anything_test.jsonl``.
 
     Raises:
         PolygluError: there are several where one is expected, or a part is missing.
@@ -179,9 +181,8 @@ def read_file(path: Path) -> pa.Table:
     try:
         if path.suffix == ".parquet":
             return pq.read_table(path)
-        opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
         rows = []
-        with opened as lines:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 row = json.loads(line) if line.strip() else None
                 if row is not None and not isinstance(row, dict):
@@ -203,7 +204,9 @@ def _own_rows(table: pa.Table, path: Path, task: LocalTask) -> pa.Table:
             f"{path} may hold rows of several tasks and has no column {' or '.join(SUBJECT_COLUMNS)} to tell those of "
             f"'{task.name}' by; add it, or put the task's own rows into a folder {task.config}."
         )
-    return table.filter(pa.array([_plain_name(value) == _plain_name(task.config) for value in table[column].to_pylist()]))
+    return table.filter(
+        pa.array([_plain_name(value) == _plain_name(task.config) for value in table[column].to_pylist()])
+    )
 
 
 def _plain_name(value: Any) -> str:

@@ -3,8 +3,8 @@
 Each document is scored by itself after an end-of-document token, in windows of the model's ``seq_length`` where it is
 longer; the end-of-document token that follows it is not counted.
 
-Documents are what is drawn from a source, so the intervals are over documents: the tokens of one document are much alike,
-and an interval over tokens would be far too narrow.
+Documents are what is drawn from a source, so the intervals are over documents: the tokens of one document are much
+alike, and an interval over tokens would be far too narrow.
 """
 
 import json

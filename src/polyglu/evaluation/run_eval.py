@@ -99,8 +99,9 @@ def evaluate_checkpoint(settings: EvalSettings, output: Path | None = None, fres
     Returns:
         Plain values, ready for JSON: ``settings``, ``versions``, ``checkpoint``, ``routing_scope``, ``results`` (per
         task or group: metrics with standard errors, ``n_samples``, ``num_fewshot``, ``version``,
-        ``higher_is_better`` of each metric, ``tasks`` of a group, and ``n_cut`` if prompts were cut), ``samples`` (the first of each task, as ``readable`` gives them), ``perplexity`` (per source),
-        ``published`` of the suite ``paper``, ``seconds``, ``finished_at``.
+        ``higher_is_better`` of each metric, ``tasks`` of a group, and ``n_cut`` if prompts were cut), ``samples`` (the
+        first of each task, as ``readable`` gives them), ``perplexity`` (per source), ``published`` (scores beside,
+        for the suite ``paper``), ``seconds``, ``finished_at``.
 
     Raises:
         PolygluError: nothing to evaluate, bad checkpoint or tokenizer, unknown task, data out of reach, or another
@@ -261,7 +262,9 @@ def main(
     tokenizer: Annotated[str | None, typer.Option(help="Name or path; default: the checkpoint's own.")] = None,
     device: Annotated[str | None, typer.Option(help="Torch device; default: CUDA if there is one.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with further task files.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder with the tasks' data files, in place of the hub.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder with the tasks' data files, in place of the hub.")
+    ] = None,
     apply_chat_template: Annotated[
         bool, typer.Option("--apply-chat-template", help="Prompts become conversations (fine-tuned checkpoints).")
     ] = False,

@@ -90,7 +90,8 @@ def write_all(folder: Path) -> Path:
         })  # fmt: skip
     write("piqa/validation.jsonl", lambda k: {"goal": f"{k} + 1?", "sol1": str(k), "sol2": str(k + 1), "label": 1})
     write("winogrande/winogrande_xl/validation/0000.parquet", lambda k: {
-        "sentence": f"{k} is less than {k + 1}, as _ is small.", "option1": str(k), "option2": str(k + 1), "answer": "1",
+        "sentence": f"{k} is less than {k + 1}, as _ is small.",
+        "option1": str(k), "option2": str(k + 1), "answer": "1",
     })  # fmt: skip
     write("super_glue/boolq/validation.jsonl", lambda k: {
         "passage": "Sums.", "question": f"is {k} + 1 more than {k}", "label": 1,

@@ -85,7 +85,12 @@ def test_everything_runs_from_local_files_to_results(run: Any, data: Path, tmp_p
 
 @pytest.mark.parametrize(
     "layout",
-    ["gsm8k/{}.jsonl", "gsm8k/{}.jsonl.gz", "gsm8k/main/{}/0000.parquet", "openai/gsm8k/main/{}-00000-of-00001.parquet"],
+    [
+        "gsm8k/{}.jsonl",
+        "gsm8k/{}.jsonl.gz",
+        "gsm8k/main/{}/0000.parquet",
+        "openai/gsm8k/main/{}-00000-of-00001.parquet",
+    ],
 )
 def test_layouts_of_a_task(tmp_path: Path, layout: str) -> None:
     for split, n in (("train", 6), ("test", 1)):
@@ -149,12 +154,16 @@ def test_bad_data_are_one_sentence(tmp_path: Path, rows: Any, train: int, said: 
 
 
 def test_missing_data_say_what_is_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(PolygluError, match=r"no folder mmlu_abstract_algebra or mmlu_stem or mmlu with the split 'test'"):
+    with pytest.raises(
+        PolygluError, match=r"no folder mmlu_abstract_algebra or mmlu_stem or mmlu with the split 'test'"
+    ):
         load_tasks(["mmlu_stem"], tmp_path / "scratch", data_dir=tmp_path)
     with pytest.raises(PolygluError, match="--data-dir .*nowhere is not a folder"):
         load_tasks(["gsm8k"], tmp_path / "scratch", data_dir=tmp_path / "nowhere")
     write_rows(tmp_path / "gsm8k/test.jsonl", [gsm8k(1)])
-    with pytest.raises(PolygluError, match="examples for its prompts from the split 'train', which .*pass --num-fewshot 0"):
+    with pytest.raises(
+        PolygluError, match="examples for its prompts from the split 'train', which .*pass --num-fewshot 0"
+    ):
         load_tasks(["gsm8k"], tmp_path / "scratch", data_dir=tmp_path)
     assert load_tasks(["gsm8k"], tmp_path / "scratch", data_dir=tmp_path, num_fewshot=0)["tasks"]
 
@@ -178,7 +187,11 @@ def test_columns_follow_from_the_definition() -> None:
     winogrande = str(HARNESS_TASKS / "winogrande/preprocess_winogrande.doc_to_choice")
     assert needed_columns({"doc_to_choice": winogrande}) == {"sentence", "option1", "option2"}
     template = "{{a.text[0]}} {% if b is defined %}{{b}}{% endif %} {% for c in d %}{{c}}{% endfor %}"
-    assert needed_columns({"doc_to_text": template, "doc_to_target": "label", "doc_to_choice": ["x"]}) == {"a", "d", "label"}
+    assert needed_columns({"doc_to_text": template, "doc_to_target": "label", "doc_to_choice": ["x"]}) == {
+        "a",
+        "d",
+        "label",
+    }
     assert needed_columns({"doc_to_text": "Answer:", "doc_to_target": 3}) == set()
 
 
