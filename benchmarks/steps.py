@@ -107,23 +107,26 @@ def qwen3_step(setting: Setting, attention: str = "sdpa") -> Case:
 
 def qwen3(config: ModelConfig, device: torch.device, attention: str) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     with device:
-        model = Qwen3ForCausalLM(
-            Qwen3Config(
-                vocab_size=config.vocab_size,
-                hidden_size=config.d_model,
-                intermediate_size=config.d_ff,
-                num_hidden_layers=config.n_layers,
-                num_attention_heads=config.n_q_heads,
-                num_key_value_heads=config.n_kv_heads,
-                head_dim=config.head_dim,
-                max_position_embeddings=config.seq_length,
-                rms_norm_eps=config.eps,
-                tie_word_embeddings=True,
-                use_cache=False,
-                attn_implementation=attention,
-            )
-        ).train()
+        model = Qwen3ForCausalLM(qwen3_config(config, attention, use_cache=False)).train()
     return model, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+
+
+def qwen3_config(config: ModelConfig, attention: str, use_cache: bool) -> Qwen3Config:
+    """Of transformers' model of the same shape."""
+    return Qwen3Config(
+        vocab_size=config.vocab_size,
+        hidden_size=config.d_model,
+        intermediate_size=config.d_ff,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_q_heads,
+        num_key_value_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.seq_length,
+        rms_norm_eps=config.eps,
+        tie_word_embeddings=True,
+        use_cache=use_cache,
+        attn_implementation=attention,
+    )
 
 
 def qwen3_inputs(batch: MicroBatch, whole: bool, flat: bool) -> dict[str, Tensor]:

@@ -13,7 +13,8 @@ from polyglu import cli
 
 READ_CHECKPOINT = {
     "eval": "eval --checkpoint {checkpoint} --tasks demo_arithmetic --data-dir {here} --limit 1 --output {out}/r.json",
-    "analyze": "analyze --checkpoint {checkpoint} --output {out}",
+    "analyze": "analyze --checkpoint {checkpoint} --output {out} --documents 2 --tokens 8",
+    "ablate": "ablate --checkpoint {checkpoint} --data {here}/text.jsonl --output {out} --max-tokens 100",
     "generate": "generate --checkpoint {checkpoint} --prompt 1 --max-new-tokens 2",
     "sft": "sft --config {here}/sft.yaml --set training.init_from={checkpoint}",
     "train": "train --config {here}/train.yaml --set training.resume_from={checkpoint}",

@@ -17,8 +17,11 @@ STAGES = {
     "sft": ("polyglu.sft.sft", "Fine-tune a model on conversations."),
     "eval": ("polyglu.evaluation.run_eval", "Evaluate a checkpoint with lm-evaluation-harness."),
     "compare-evals": ("polyglu.eval_comparison", "Compare two evaluations, with standard errors."),
+    "compare": ("polyglu.compare.run", "Train variants under one budget and say which is better."),
     "analyze": ("polyglu.interpretability.run_analysis", "Draw which activations a checkpoint's neurons choose."),
-    "generate": ("polyglu.generate", "Continue a prompt."),
+    "ablate": ("polyglu.interpretability.run_ablation", "Measure what a trained model loses without its routing."),
+    "generate": ("polyglu.generate", "Continue prompts."),
+    "chat": ("polyglu.chat", "Talk to a fine-tuned checkpoint."),
 }
 """Verb -> (module that has its ``main``, help)."""
 

@@ -23,7 +23,7 @@ def load_config(kind: type[Config], path: Path | None, overrides: Iterable[str] 
     Raises:
         PolygluError: no such file, not YAML, unknown key (with the nearest known one), wrong type or range.
     """
-    values: dict[str, Any] = {} if path is None else _read_yaml(path)
+    values: dict[str, Any] = {} if path is None else read_yaml(path)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
@@ -56,7 +56,12 @@ def save_config(config: BaseModel, path: Path) -> None:
     write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read the keys and values of a YAML file.
+
+    Raises:
+        PolygluError: no such file, not YAML, empty or no mapping.
+    """
     try:
         values = _parse(path.read_text(encoding="utf-8"), f"config file {path}")
     except FileNotFoundError:

@@ -1,7 +1,7 @@
 """What tokenised data is like: ``polyglu data report DIR``.
 
     DIR, or each folder of tokens in it ──► scan_documents ──► numbers ──► table, report.json
-                                                                      └──► report.png
+                                                                      └──► report.png, report.html
 
 The numbers are defined in ``polyglu.data.statistics``.
 """
@@ -38,21 +38,13 @@ from polyglu.data.statistics import (
 )
 from polyglu.data.tokenizer import Tokenizer, load_tokenizer
 from polyglu.data.verify import byte_progress
-from polyglu.data_figure import draw
+from polyglu.data_page import data_page, data_picture, tables
 from polyglu.errors import PolygluError, run_command
-from polyglu.files import check_writable, write_atomically, write_json
-from polyglu.interpretability.plotting import to_png
+from polyglu.files import check_writable, write_atomically, write_json, write_text
+from polyglu.page import Table as PageTable
+from polyglu.page import as_cell, render
 
 Report = dict[str, Any]
-
-COLUMNS = {
-    "windows\ncutting": ("windows", "cutting_share"),
-    "documents\ncut": ("windows", "documents_cut_share"),
-    "repeated\ndocuments": ("repeats", "documents_share"),
-    "from other\nsources": ("repeats", "documents_of_other_sources_share"),
-    "repeated\ntokens": ("repeats", "tokens_share"),
-}
-"""Label of the table -> where in the numbers of a source."""
 
 
 def find_sources(folder: Path) -> tuple[list[TokenSource], dict[str, str]]:
@@ -146,32 +138,15 @@ def _sum(numbers: Iterable[Report]) -> Report:
     return {**plain, **{part: dict(counts) for part, counts in parts.items()}, "histogram": histogram}
 
 
-def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("source", overflow="fold")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _tables(report: Mapping[str, Any]) -> list[Table]:
-    """A row a source, and one for all of them if there are several."""
-    numbers = list(report["sources"].items())
-    numbers += [("all", report["total"])] if len(numbers) > 1 else []
-    keys = ("mean", "p5", "p50", "p95", "max")
-    sizes, shares = [], []
-    for name, one in numbers:
-        lengths = [f"{one['length'][key]:,.0f}" if one["length"] else "–" for key in keys]
-        sizes.append([name, f"{one['tokens']:,}", f"{one['documents']:,}", *lengths])
-        values = [one[part][key] for part, key in COLUMNS.values()]
-        bad = f"{sum(one['bad_records'].values()):,}"
-        shares.append([name, *("–" if value is None else f"{value:.2%}" for value in values), bad])
-    return [
-        _table("sizes and lengths (tokens)", ["tokens", "documents", "mean", "5%", "50%", "95%", "longest"], sizes),
-        _table(f"cuts by windows of {report['seq_length']:,} tokens, repeats", [*COLUMNS, "bad\nrecords"], shares),
-    ]
+def _console_table(table: PageTable) -> Table:
+    """A page's table as text."""
+    shown = Table(title=table.caption, title_justify="left")
+    for column in table.columns:
+        right = column.kind == "number"
+        shown.add_column(column.title, justify="right" if right else "left", overflow="ellipsis" if right else "fold")
+    for row in table.rows:
+        shown.add_row(*(as_cell(*cell).text for cell in zip(table.columns, row, strict=True)))
+    return shown
 
 
 def _add_samples(
@@ -194,8 +169,8 @@ def _show(console: Console, report: Mapping[str, Any]) -> None:
             console.print(sample_panel(Sample(**sample), name))
         if "no_samples" in numbers:
             console.print(Text(f"{name}: no samples: {numbers['no_samples']}"))
-    for table in _tables(report):
-        console.print(table)
+    for table in tables(report):
+        console.print(_console_table(table))
     for name, numbers in report["sources"].items():
         if numbers["bad_records"]:
             console.print(Text(f"{name}: bad records: {in_words(numbers['bad_records'])}"))
@@ -208,9 +183,9 @@ def main(
     seq_length: Annotated[int, typer.Option(min=1, help="Tokens of a training window.")] = 4096,
     samples: Annotated[int, typer.Option(min=0, help="Documents of each source to decode, evenly spread.")] = 3,
     tokenizer: Annotated[str | None, typer.Option(help="Default: the one that each manifest names.")] = None,
-    output: Annotated[Path | None, typer.Option(help="For report.json and report.png; default: the folder.")] = None,
+    output: Annotated[Path | None, typer.Option(help="For report.json, .png and .html; default: the folder.")] = None,
 ) -> None:
-    """Show what tokenised data is like: sizes, lengths, cut windows, repeats, samples; a table, JSON and a picture."""
+    """Show what tokenised data is like: sizes, lengths, cuts, repeats, samples; as table, JSON, picture and page."""
     place = output or folder
     sources, left_out = find_sources(folder)
     check_writable(place, "output")
@@ -223,10 +198,12 @@ def main(
         if samples:
             _add_samples(report["sources"][source.name], source, documents.lengths, samples, load)
     write_json(place / "report.json", report)
-    write_atomically(place / "report.png", lambda file: file.write(to_png(draw(report))))
+    picture = data_picture(report)
+    write_atomically(place / "report.png", lambda file: file.write(picture.png))
+    write_text(place / "report.html", render(data_page(report, picture)))
     console = Console()
     _show(console, report)
-    console.print(Text(f"written: {place / 'report.json'}, {place / 'report.png'}"))
+    console.print(Text(f"written: {', '.join(str(place / f'report.{kind}') for kind in ('json', 'png', 'html'))}"))
 
 
 if __name__ == "__main__":

@@ -23,9 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from polyglu.data.embedded import write_embedded_corpus
-from polyglu.data.sources import SourcesConfig, TextSource
-from polyglu.data.tokenize_dataset import tokenize_source
-from polyglu.data.tokenizer import load_tokenizer, train_bpe
+from polyglu.data.embedded_tokens import SOURCES, tokenize_embedded
 from polyglu.errors import PolygluError, run_command
 from polyglu.files import read_json, sha256, write_json, write_text
 from polyglu.interpretability import FIGURES, STATS_FILE
@@ -33,7 +31,6 @@ from polyglu.logs import configure_logging
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("math", "stem", "code")
 TYPICAL_SECONDS = {"corpus": 5, "tokenize": 5, "pretrain": 90, "sft": 100, "evaluate": 30, "analyze": 5, "report": 5}
 """On two CPU cores; for the time left."""
 RUNNING = 1.0
@@ -143,15 +140,8 @@ def _write_corpus(paths: DemoPaths) -> None:
 
 
 def _tokenize(paths: DemoPaths) -> None:
-    texts = [json.loads(line)["text"] for name in SOURCES for line in _lines(paths.raw / f"{name}.jsonl")]
     vocab_size = _settings(paths.configs / "train.yaml")["model"]["vocab_size"]
-    train_bpe(texts, vocab_size, paths.tokenizer)
-    tokenizer = load_tokenizer(str(paths.tokenizer))
-    chunk_tokens = SourcesConfig.model_fields["chunk_tokens"].default
-    for name in SOURCES:
-        source = TextSource(output=str(paths.tokenized(name)), files=(str(paths.raw / f"{name}.jsonl"),))
-        manifest = tokenize_source(source, tokenizer, chunk_tokens)
-        logger.info("%s: %s tokens in %s documents", name, f"{manifest['tokens']:,}", f"{manifest['documents']:,}")
+    tokenize_embedded(paths.raw, SOURCES, vocab_size, paths.tokenizer, paths.tokenized("."))
 
 
 def _pretrain(paths: DemoPaths, config: Path) -> None:
@@ -219,6 +209,7 @@ def _report(paths: DemoPaths) -> None:
     state = read_json(paths.root / "stages.json")
     page = build_report(
         title="PolyGLU demo",
+        lead="A small model, trained on embedded data and fine-tuned on arithmetic, from first step to answers.",
         stages=summary(paths, state),
         metrics=_rows(paths.root / "metrics.jsonl"),
         sft_metrics=_rows(paths.root / "sft/metrics.jsonl"),

@@ -6,7 +6,8 @@
 
 A difference is B - A. Where the samples of both are there, it is taken sample by sample (paired): what makes a question
 hard for both cancels, and the standard error is that of the mean difference. Otherwise the two standard errors are
-added in quadrature, as of independent samples. Results that were not measured alike have no difference, but the reason why.
+added in quadrature, as of independent samples. Results that were not measured alike have no difference, but the reason
+why.
 """
 
 import json
@@ -21,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from polyglu.errors import PolygluError, run_command
-from polyglu.estimates import mean_estimate
+from polyglu.estimates import estimate
 from polyglu.eval_comparison_figure import draw
 from polyglu.evaluation.samples import samples_folder
 from polyglu.files import check_writable, read_json, write_atomically, write_json
@@ -147,10 +148,10 @@ def _difference(a: Row | None, b: Row | None, reasons: Sequence[str], pairs: Seq
     if a is None or b is None or reasons:
         return found
     if pairs is not None:
-        estimate = mean_estimate(pairs)
+        mean = estimate(pairs)
         return found | {
-            "difference": estimate.value,
-            "difference_stderr": estimate.stderr,
+            "difference": mean.mean,
+            "difference_stderr": mean.stderr,
             "method": "paired",
             "n_pairs": len(pairs),
         }

@@ -1,11 +1,12 @@
 """Files that are whole or not there: written under a temporary name, flushed to disk, then renamed."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -121,6 +122,29 @@ def check_writable(folder: Path, name: str) -> None:
         raise PolygluError(f"{name} {folder} cannot be written to: {existing} is a file; give a folder.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise PolygluError(f"{name} {folder} cannot be written to: no permission in {existing}; give another folder.")
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold an output folder against a second process; what is made here is removed again if nothing was written.
+
+    Raises:
+        PolygluError: another process holds it, or it cannot be written to.
+    """
+    check_writable(folder, "output")
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise PolygluError(f"another process is writing to {folder}; wait for it to end.") from None
+    finally:
+        with suppress(OSError):
+            for place in made:
+                place.rmdir()
+        os.close(descriptor)
 
 
 def read_json(path: Path) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from polyglu.model import flash_attention
 from polyglu.model.architecture import PolychromaticLM, compile_blocks
+from polyglu.model.cache import Cache
 from polyglu.model.config import KernelName, ModelConfig
 from polyglu.model.flash_attention import attention
 from polyglu.model.model import create_model
@@ -202,3 +203,29 @@ def test_compiled_blocks_equal_eager_ones() -> None:
     actual = outputs(model, torch.bfloat16)
     for name, true in expected.items():
         assert relative_error(actual[name], true) < 0.1, name
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_captured_decoding_step_gives_the_tokens_of_an_eager_one(precision: torch.dtype) -> None:
+    """Mixed lengths, rows that end and are replaced, sizes that are captured while others run."""
+    model = create_model(SMALL.model_copy(update={"seq_length": 400}), seed=1, device=DEVICE).eval()
+    rows = [torch.randint(64, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 130, 1, 40)]
+    steps: dict[bool, list[Tensor]] = {True: [], False: []}
+    for captured, logits in steps.items():
+        with torch.autocast(DEVICE, dtype=precision, enabled=precision != torch.float32):
+            cache = Cache(model, 0.4, 4, 400)
+            if not captured:
+                cache.graphs = None
+            assert (cache.graphs is not None) == captured
+            cache.prefill(rows[:3], [0, 1, 2])
+            for n in range(6):
+                logits.append(cache.step([n, n + 1, n + 2]))
+            cache.free(1)
+            cache.move(2, 1)
+            cache.prefill([rows[3]], [2])
+            for n in range(130):  # past the size that lengths are rounded up to
+                logits.append(cache.step([n % 64, 3, 5]))
+            assert cache.graphs is None or len(cache.graphs.captured) > 1
+    for ours, eager in zip(steps[True], steps[False], strict=True):
+        assert torch.equal(ours.argmax(-1), eager.argmax(-1))
+        assert relative_error(ours, eager) < 1e-5

@@ -60,6 +60,7 @@ def test_a_kernel_that_does_not_work_here_is_refused(place: Place, command: str)
         "eval --checkpoint {checkpoint} --tasks demo_arithmetic --data-dir {here} --limit 1 --output {here}",
         "analyze --checkpoint {checkpoint} --output {taken}",
         "analyze --checkpoint {checkpoint} --output {taken}/figures",
+        "ablate --checkpoint {checkpoint} --data {here}/text.jsonl --output {taken}",
         "data tokenize --files {here}/text.jsonl --tokenizer {here}/tokenizer --output {taken}",
         "data tokenize --files {here}/text.jsonl --tokenizer {here}/tokenizer --output {taken}/data",
         "sft --config {here}/sft.yaml --set training.checkpoint_dir={taken}/c",

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from html_page import HtmlPage
 
 from polyglu import demo
 from polyglu.data.embedded import write_embedded_corpus
@@ -66,8 +67,8 @@ def test_everything_is_made_and_redone_only_if_missing(
 
     steps = [json.loads(line)["step"] for line in (paths.root / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, *range(5, 401, 5)]  # killed and resumed, yet each step once, in order
-    page = (paths.root / "report.html").read_text()
-    assert page.count("data:image/png;base64,") >= 6 and "http-equiv" not in page and "<script" not in page
+    page = HtmlPage((paths.root / "report.html").read_text())
+    assert len(page.images) == 5 + 5 + 6 and {"Stages", "Results", "Fine-tuning", "Samples"} <= set(page.texts)
 
     def ran() -> list[str]:
         caplog.clear()

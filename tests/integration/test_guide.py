@@ -214,7 +214,7 @@ for words, module in modules.items():
 def test_each_verb_is_the_same_command_as_its_module(checkout: Path) -> None:
     done = subprocess.run([sys.executable, "-c", SAME_COMMANDS], cwd=checkout, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    verbs = {"demo", "train", "sft", "eval", "analyze", "generate", "data tokenize", "data inspect"}
+    verbs = {"demo", "train", "sft", "eval", "analyze", "ablate", "generate", "data tokenize", "data inspect"}
     assert verbs <= set(done.stdout.splitlines())
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from polyglu.config_file import validate
 from polyglu.errors import PolygluError
 from polyglu.model.config import TrainConfig
 from polyglu.model.model import load_checkpoint
+from polyglu.training import fit
 from polyglu.training.train import SEQUENCE_SCOPE_NOTE, train
 
 ROOT = Path(__file__).parents[2]
@@ -331,3 +333,10 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
 def assert_matches(pattern: str, text: str) -> None:
     with pytest.raises(PolygluError, match=pattern):
         raise PolygluError(text)
+
+
+def test_noise_can_be_left_out(values: dict[str, Any]) -> None:
+    with patch.object(fit, "batch_noise", side_effect=AssertionError("noise was drawn")):
+        train(changed(values, total_steps=2, gumbel=False))
+        with pytest.raises(AssertionError, match="noise was drawn"):
+            train(changed(values, total_steps=2))

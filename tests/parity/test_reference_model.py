@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from polyglu.model.architecture import PolychromaticLM, RotaryEmbedding, rotate
-from polyglu.model.config import ModelConfig
+from polyglu.model.architecture import PolychromaticLM, RMSNorm, RotaryEmbedding
+from polyglu.model.config import KernelName, ModelConfig
 from polyglu.model.feed_forward import PolyGLU
 from polyglu.model.model import create_model, load_checkpoint, published_name, read_checkpoint, save_safetensors
 from polyglu.model.routing import dynamic_entropy, static_entropy
@@ -86,8 +86,12 @@ def test_rope_tables_stay_fp32_under_autocast() -> None:
     torch.testing.assert_close(model.rope.sin, published["rope.sins"])
 
 
-def test_rotation_is_computed_in_fp32() -> None:
+@pytest.mark.parametrize("kernels", ["native", "reference"])
+def test_queries_are_normalised_and_rotated_in_fp32(kernels: KernelName) -> None:
     """Of values in bf16 too: only the result is rounded."""
     rope = RotaryEmbedding(64, 4096)(torch.arange(4096))
-    x = torch.randn(1, 4096, 2, 64).bfloat16()
-    assert torch.equal(rotate(x, *rope), rotate(x.float(), *rope).bfloat16())
+    norm, x = RMSNorm(64, 1e-6, kernels), torch.randn(1, 4096, 2, 64).bfloat16()
+    exact = norm(x.float(), rope)
+    assert exact.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(norm(x, rope), exact.bfloat16())

@@ -1,15 +1,18 @@
+import base64
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from html_page import HtmlPage
 from support import EOS, write_sealed, write_token_source
 
 from polyglu.data.chunks import open_source
 from polyglu.data.statistics import scan_documents
 from polyglu.data.tokenizer import Tokenizer, train_bpe
-from polyglu.data_report import build_report, draw, find_sources, main
+from polyglu.data_figure import draw
+from polyglu.data_report import build_report, find_sources, main
 from polyglu.errors import PolygluError
 
 DOCUMENTS = {
@@ -84,7 +87,16 @@ def test_the_command_writes_json_and_picture_and_shows_a_row_a_source(
     written = json.loads((tmp_path / "out/report.json").read_text())
     numbers = json.loads(json.dumps(report(parent)))
     assert written == {**numbers, "left_out": {}}
-    assert (tmp_path / "out/report.png").read_bytes().startswith(b"\x89PNG\r\n")
+    picture = (tmp_path / "out/report.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n")
+    page = HtmlPage((tmp_path / "out/report.html").read_text())
+    assert page.images[0]["src"].endswith(base64.b64encode(picture).decode())
+    assert {"29 tokens in 7 documents, of code, math.", "80.00%", "42.86%", "7 not_utf8"} <= set(page.texts)
+    rows = page.texts[page.texts.index("code") :]
+    assert rows[:8] == ["code", "22", "4", "6", "2", "4", "11", "12"]
+    told = [text for _, _, text in page.data[0]]
+    assert "code: 22 tokens" in told and "math, repeated documents: 66.67%" in told
+    assert "code: 50.00% of its documents\n4 to 5 tokens long" in told
     assert {path: path.read_bytes() for path in parent.rglob("*") if path.is_file()} == before
 
 
@@ -114,6 +126,8 @@ def test_samples_are_decoded_if_the_tokenizer_is_to_be_had(tmp_path: Path, capsy
     assert "sample [bold] 0" in shown and "sample [bold] 4" in shown and "gone: no samples: tokenizer" in shown
     numbers = json.loads((tmp_path / "all/report.json").read_text())["sources"]
     assert [sample["document"] for sample in numbers["here"]["samples"]] == [0, 4]
+    page = HtmlPage((tmp_path / "all/report.html").read_text())
+    assert "sample [bold] 4" in " ".join(page.texts) and any("gone has no samples" in text for text in page.texts)
     assert numbers["gone"]["samples"] == [] and "--tokenizer" in numbers["gone"]["no_samples"]
     main(tmp_path / "all", seq_length=8, samples=1, tokenizer=str(tmp_path / "bpe"), output=None)
     numbers = json.loads((tmp_path / "all/report.json").read_text())["sources"]
@@ -126,6 +140,7 @@ def test_unfinished_data_beside_others_is_left_out_and_named(parent: Path, capsy
     assert "code is left out" in capsys.readouterr().out
     written = json.loads((parent / "report.json").read_text())
     assert list(written["sources"]) == ["math"] and "interrupted" in written["left_out"]["code"]
+    assert any("code is left out" in text for text in HtmlPage((parent / "report.html").read_text()).texts)
     with pytest.raises(PolygluError, match="interrupted"):
         find_sources(parent / "code")
     spoil(parent / "math", complete=False, chunks=[], tokens=0, documents=0)

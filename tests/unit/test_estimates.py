@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyglu.estimates import mean_estimate, ratio_estimate
+from polyglu.estimates import Estimate, estimate, ratio_estimate
 
 PAIRS = st.lists(st.tuples(st.floats(-100, 100), st.floats(1, 50)), min_size=2, max_size=20)
 
@@ -20,7 +20,7 @@ def test_the_interval_covers_the_known_ratio(n: int, least: float) -> None:
     found = [ratio_estimate(*pair) for pair in zip(nats, lengths, strict=True)]
     covered = np.mean([one.low <= 2.5 <= one.high for one in found])  # type: ignore[operator]
     assert least < covered < 0.975
-    spread = np.std([one.value for one in found])
+    spread = np.std([one.mean for one in found])
     assert np.mean([one.stderr for one in found]) == pytest.approx(spread, rel=0.15 if n > 8 else 0.3)
 
 
@@ -30,14 +30,14 @@ def test_units_of_measurement_do_not_matter(pairs: list[tuple[float, float]], up
     plain = ratio_estimate(x, y)
     scaled = ratio_estimate([up * value for value in x], [down * value for value in y])
     assert plain.stderr is not None and plain.low is not None and plain.high is not None
-    assert plain.low <= plain.value <= plain.high
-    assert scaled.value == pytest.approx(plain.value * up / down, abs=1e-6)
+    assert plain.low <= plain.mean <= plain.high
+    assert scaled.mean == pytest.approx(plain.mean * up / down, abs=1e-6)
     assert scaled.stderr == pytest.approx(plain.stderr * up / down, abs=1e-6)
 
 
 def test_a_mean_is_student_s() -> None:
-    found = mean_estimate([1.0, 2.0, 3.0, 6.0])
+    found = estimate([1.0, 2.0, 3.0, 6.0])
     error = math.sqrt(14 / 3 / 4)
-    assert found.value == 3.0 and found.stderr == pytest.approx(error)
+    assert found.mean == 3.0 and found.stderr == pytest.approx(error)
     assert found.high == pytest.approx(3 + 3.1824463 * error)  # t of 3 degrees of freedom, from tables
-    assert ratio_estimate([4.0], [2.0]) == (2.0, None, None, None, 1)
+    assert ratio_estimate([4.0], [2.0]) == Estimate(2.0, None, None, 1)

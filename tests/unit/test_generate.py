@@ -1,8 +1,11 @@
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import typer
+from click.testing import Result
 from typer.testing import CliRunner
 
 from polyglu import generate as command
@@ -32,11 +35,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model.pt"
 
 
-def run(checkpoint: Path, *arguments: str) -> str:
-    outcome = CliRunner().invoke(app, ["--checkpoint", str(checkpoint), "--device", "cpu", *arguments])
+def invoke(checkpoint: Path, *arguments: str, stdin: str | bytes | None = None) -> Result:
+    outcome = CliRunner().invoke(app, ["--checkpoint", str(checkpoint), "--device", "cpu", *arguments], input=stdin)
     if outcome.exception:
         raise outcome.exception
-    return outcome.stdout
+    return outcome
+
+
+def run(checkpoint: Path, *arguments: str) -> str:
+    return invoke(checkpoint, *arguments).stdout
 
 
 def plain_loop(checkpoint: Path, prompt: list[int], n: int) -> str:
@@ -76,11 +83,88 @@ def test_draws_are_among_the_likeliest(checkpoint: Path) -> None:
     assert run(checkpoint, *settings, "--temperature", "5", "--top-k", "3") != likeliest
 
 
-def test_routing_is_chosen_by_name(checkpoint: Path) -> None:
+def test_routing_is_chosen_by_name_and_its_deviation_is_told(checkpoint: Path) -> None:
     settings = ("--prompt", "one", "--max-new-tokens", "5")
-    assert run(checkpoint, *settings, "--routing", "running") == run(checkpoint, *settings)  # the model is causal
-    run(checkpoint, *settings, "--routing", "frozen")
+    running = invoke(checkpoint, *settings, "--routing", "running")
+    assert running.stdout == run(checkpoint, *settings) and "approximates" not in running.stderr  # the model is causal
+    frozen = invoke(checkpoint, *settings, "--routing", "frozen").stderr
+    assert "--routing frozen approximates: at 5 positions of this text logits are off by" in frozen
     assert CliRunner().invoke(app, ["--checkpoint", "c", "--prompt", "p", "--routing", "guessed"]).exit_code == 2
+
+
+def test_a_stop_string_ends_the_text_before_it(checkpoint: Path) -> None:
+    free = run(checkpoint, "--prompt", "one two", "--max-new-tokens", "20")
+    for stop in (free[3:6], free[8:9]):
+        found = run(checkpoint, "--prompt", "one two", "--max-new-tokens", "20", "--stop", "never met", "--stop", stop)
+        assert found == free[: free.index(stop)] + "\n"
+    assert run(checkpoint, "--prompt", "one two", "--max-new-tokens", "20", "--stop", "never met") == free
+
+
+def test_speed_is_told_beside_the_text(checkpoint: Path) -> None:
+    told = invoke(checkpoint, "--prompt", "one two", "--max-new-tokens", "5").stderr
+    assert re.search(r"read \d+ tokens \([\d,]+ tokens/s\), wrote 5 \([\d,]+ tokens/s\)", told)
+
+
+@pytest.mark.parametrize("form", ["lines", "objects"])
+def test_several_prompts_give_json_lines_in_their_order(checkpoint: Path, tmp_path: Path, form: str) -> None:
+    texts = ["one two", "1 + 2 = 3 one\u2028two", "three"]
+    lines = texts if form == "lines" else [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
+    content = "\n\n".join(lines) + "\r\n"
+    (tmp_path / "prompts").write_bytes(content.encode())
+    settings = ("--max-new-tokens", "5")
+    found = run(checkpoint, *settings, "--prompt-file", str(tmp_path / "prompts"))
+    assert found == invoke(checkpoint, *settings, "--prompt-file", "-", stdin=content.encode()).stdout
+    assert found == invoke(checkpoint, *settings, stdin=content.encode()).stdout
+    rows = [json.loads(line) for line in found.split("\n")[:-1]]
+    alone = [run(checkpoint, "--prompt", text, *settings) for text in texts]
+    assert [(row["prompt"], row["text"] + "\n", row["tokens"]) for row in rows] == [
+        (text, answer, 5) for text, answer in zip(texts, alone, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "has no prompt"),
+        (b"\n \n", "has no prompt"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b'{"prompt": "a"}\nb', "line 2 is none whose 'prompt' is a string"),
+        (b'{"text": "a"}', "line 1 is none whose 'prompt' is a string"),
+        (b'{"prompt": "\\ud800"}', "line 1 is none whose 'prompt' is a string"),
+        (b"a\n" + b"one two three " * 30, "prompt 2 has 120 tokens, the model takes at most 32"),
+    ],
+)
+def test_prompt_files_that_cannot_serve_are_refused(
+    checkpoint: Path, tmp_path: Path, content: bytes, told: str
+) -> None:
+    (tmp_path / "prompts").write_bytes(content)
+    with pytest.raises(PolygluError, match=told):
+        run(checkpoint, "--prompt-file", str(tmp_path / "prompts"))
+
+
+def test_what_is_asked_for_must_fit_together(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(PolygluError, match="exclude each other"):
+        run(checkpoint, "--prompt", "a", "--prompt-file", "b")
+    with pytest.raises(PolygluError, match="cannot be read: No such file"):
+        run(checkpoint, "--prompt-file", str(tmp_path / "nothing"))
+    with pytest.raises(PolygluError, match="cannot be read: Is a directory"):
+        run(checkpoint, "--prompt-file", str(tmp_path))
+    with pytest.raises(PolygluError, match="--stop string is empty"):
+        run(checkpoint, "--prompt", "a", "--stop", "")
+    with pytest.raises(PolygluError, match="give it with --prompt"):
+        run(checkpoint, "--prompt-file", "b", "--show-routing")
+    with pytest.raises(PolygluError, match="--layer 1: this model has layers 0 to 0"):
+        run(checkpoint, "--prompt", "a", "--show-routing", "--layer", "1")
+    assert CliRunner().invoke(app, ["--checkpoint", "c", "--prompt", "p", "--max-new-tokens", "0"]).exit_code == 2
+
+
+def test_shown_routing_leaves_the_text_as_it_is(checkpoint: Path) -> None:
+    """Where stdout is no terminal: then without colours. The shares stand beside it."""
+    settings = ("--prompt", "one two", "--max-new-tokens", "200", "--stop", "never met")  # up to a full context
+    shown = invoke(checkpoint, *settings, "--show-routing")
+    assert shown.stdout == run(checkpoint, *settings)
+    assert "layer 0: routing" in shown.stderr and "Tanh / GABA" in shown.stderr and "wrote" in shown.stderr
+    assert sum(float(share) for share in re.findall(r"([\d.]+)%", shown.stderr)) == pytest.approx(100, abs=0.3)
 
 
 def test_a_prompt_that_does_not_fit_is_refused(checkpoint: Path) -> None:

@@ -15,16 +15,22 @@ MAY_IMPORT = {
     "model": set(),
     "data": set(),
     "inference": {"model", "data"},
-    "generate": {"model", "data", "inference"},
+    "continuation": {"model", "data", "inference"},
+    "routing_view": {"model", "data"},
+    "generate": {"model", "data", "inference", "continuation", "routing_view"},
+    "chat": {"model", "data", "inference", "continuation", "generate"},
     "training": {"model", "data"},
     "sft": {"model", "data", "training"},
     "evaluation": {"model", "data", "inference"},
-    "interpretability": {"model", "data", "inference"},
-    "report": {"interpretability"},
+    "page": set(),
+    "interpretability": {"model", "data", "inference", "page"},
+    "report": {"interpretability", "page"},
     "data_figure": {"interpretability"},
     "eval_comparison_figure": {"interpretability"},
     "eval_comparison": {"evaluation", "eval_comparison_figure", "interpretability"},
-    "data_report": {"data", "data_figure", "interpretability"},
+    "data_page": {"data", "data_figure", "interpretability", "page"},
+    "data_report": {"data", "data_page", "page"},
+    "compare": {"model", "data", "training", "interpretability", "page"},
     "cli": {
         "demo",
         "data",
@@ -35,6 +41,8 @@ MAY_IMPORT = {
         "eval_comparison",
         "interpretability",
         "generate",
+        "chat",
+        "compare",
     },
     "demo": {"data", "training", "sft", "evaluation", "interpretability", "report"},
 }
@@ -45,7 +53,9 @@ ONE_HOME = {
     "triton": "model/kernels/triton_",
     "wandb": "training/wandb_run.py",
     "lm_eval": "evaluation/",
-    "matplotlib": "interpretability/plotting.py",
+    "scipy": "compare/statistics.py",
+    "matplotlib": "interpretability/plotting",
+    "jinja2": "page/",
     "gigatoken": "data/encoding.py",
     "awkward": "data/encoding.py",
 }
@@ -116,7 +126,10 @@ else:
     subprocess.run([sys.executable, "-W", "error::ImportWarning", "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("verb", ["demo", "data", "train", "sft", "eval", "analyze", "generate"])
+STAGES = ["demo", "data", "train", "sft", "eval", "compare", "analyze", "ablate", "generate", "chat"]
+
+
+@pytest.mark.parametrize("verb", STAGES)
 def test_help_offers_the_stages(verb: str) -> None:
     from typer.testing import CliRunner
 

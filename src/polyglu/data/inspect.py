@@ -72,9 +72,13 @@ def _chunk_table(source: TokenSource) -> Table:
 
 def sample_panel(sample: Sample, source: str = "") -> Panel:
     """A document in a frame, on whose top its length stands."""
+    return Panel(Text(sample.text), title=Text(sample_title(sample, source)), title_align="left")
+
+
+def sample_title(sample: Sample, source: str = "") -> str:
+    """Which document it is, how long, and how much of it is shown."""
     more = "" if sample.shown == sample.length else f", first {sample.shown} shown"
-    title = f"{source} document {sample.document:,}: {sample.length:,} tokens{more}".strip()
-    return Panel(Text(sample.text), title=Text(title), title_align="left")
+    return f"{source} document {sample.document:,}: {sample.length:,} tokens{more}".strip()
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ class TextStream:
         self._before: list[int] = []  # tokens of text that is told, for a decoder may look at the token before
         self._open: list[int] = []  # tokens after them
         self._held = ""
+        self._ended = False
 
     def push(self, token: int) -> str:
         """Text that is certain once the next token is here; may be empty."""
@@ -51,16 +52,22 @@ class TextStream:
         if text.endswith(UNFINISHED):
             return ""
         self._before, self._open = self._open, []
-        self._held += text
-        self._held = cut_at(self._held, self._stop_strings)
+        self._add(text)
         keep = max((_begun(self._held, stop) for stop in self._stop_strings), default=0)
         return self._take(len(self._held) - keep)
 
     def end(self) -> str:
         """The rest, after the last token."""
-        self._held = cut_at(self._held + self._new_text(), self._stop_strings)
+        self._add(self._new_text())
         self._open = []
         return self._take(len(self._held))
+
+    def _add(self, text: str) -> None:
+        """Hold more text; none behind a stop string."""
+        if not self._ended:
+            whole = self._held + text
+            self._held = cut_at(whole, self._stop_strings)
+            self._ended = len(self._held) < len(whole)
 
     def _new_text(self) -> str:
         told = self._tokenizer.decode(self._before)

@@ -6,12 +6,10 @@
 Interrupted at any moment, the same command continues and ends with the same bytes as an uninterrupted run.
 """
 
-import fcntl
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +31,7 @@ from polyglu.data.readers import read_blocks
 from polyglu.data.sources import Shard, SourcesConfig, TextSource, describe, parse_shard
 from polyglu.data.tokenizer import Tokenizer, load_tokenizer
 from polyglu.errors import PolygluError, run_command
-from polyglu.files import check_writable
+from polyglu.files import exclusive
 from polyglu.logs import configure_logging
 
 log = logging.getLogger(__name__)
@@ -64,7 +62,7 @@ def tokenize_source(
     folder = Path(source.output) / shard.folder if shard else Path(source.output)
     if shard and source.max_tokens:
         source = source.model_copy(update={"max_tokens": max(1, source.max_tokens // shard.of)})
-    with _exclusive(folder):
+    with exclusive(folder):
         recorded = read_manifest(folder)
         revision = _revision(source, recorded)
         if recorded is not None and recorded["complete"] and revision is not None:
@@ -167,25 +165,6 @@ def _check_same_settings(folder: Path, recorded: dict[str, Any], wanted: dict[st
                 f"{folder} was made with {key} {before.get(key)}, not {now.get(key)}; use the same settings, another "
                 f"--output, or remove the folder."
             )
-
-
-@contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """Hold the folder against a second process; what is made here is removed again if nothing was written."""
-    check_writable(folder, "output")
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise PolygluError(f"another process is writing to {folder}; wait for it to end.") from None
-    finally:
-        with suppress(OSError):
-            for place in made:
-                place.rmdir()
-        os.close(descriptor)
 
 
 def _progress() -> Progress:

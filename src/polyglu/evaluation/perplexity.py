@@ -7,34 +7,19 @@ Documents are what is drawn from a source, so the intervals are over documents: 
 alike, and an interval over tokens would be far too narrow.
 """
 
-import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-
-from polyglu.data.chunks import open_source
+from polyglu.data.held_out import Document, first_documents
 from polyglu.data.tokenizer import Tokenizer
-from polyglu.errors import PolygluError
 from polyglu.estimates import Estimate, ratio_estimate
 from polyglu.evaluation.answers import Answers, Asker
 from polyglu.evaluation.scoring import rolling_requests, score
 from polyglu.model.architecture import PolychromaticLM
 
-READ_TOKENS = 65536
-"""Tokens read from a chunk at a time."""
 MAX_EXPONENT = 700.0
 """Little under the largest that a float's exponential holds."""
-
-
-class Document(NamedTuple):
-    """Tokens of a held-out document."""
-
-    tokens: list[int]
-    n_bytes: int | None
-    """Bytes of its UTF-8 text; of token chunks, after normalisation. None if the tokenizer is not byte-level."""
 
 
 def perplexity(
@@ -67,10 +52,8 @@ def perplexity(
     Raises:
         PolygluError: no such source, not of its format, of another tokenizer, or without text.
     """
-    documents = _first_documents(_documents(source, tokenizer), max_tokens)
+    documents = first_documents(source, tokenizer, max_tokens)
     tokens = sum(len(document.tokens) for document in documents)
-    if not tokens:
-        raise PolygluError(f"{source} has no text to measure perplexity on.")
     longest = model.config.seq_length
     what = f"perplexity of {source.name}"
     requests = [
@@ -91,74 +74,11 @@ def _summary(documents: Sequence[Document], nats: Sequence[float]) -> dict[str, 
     per_token = ratio_estimate(nats, lengths)
     result: dict[str, float | int] = {"tokens": sum(lengths), "documents": len(documents)}
     result |= _named("nats_per_token", per_token)
-    for end, value in (("", per_token.value), ("_low", per_token.low), ("_high", per_token.high)):
+    for end, value in (("", per_token.mean), ("_low", per_token.low), ("_high", per_token.high)):
         if value is not None:
             result[f"perplexity{end}"] = math.exp(min(value, MAX_EXPONENT))
     sizes = [document.n_bytes for document in documents if document.n_bytes is not None]
-    if len(sizes) == len(documents):
-        result["bytes"] = sum(sizes)
-        result |= _named("bits_per_byte", ratio_estimate([value / math.log(2) for value in nats], sizes))
-    return result
 
 
-def _named(name: str, estimate: Estimate) -> dict[str, float]:
-    ends = {"": estimate.value, "_stderr": estimate.stderr, "_low": estimate.low, "_high": estimate.high}
-    return {f"{name}{end}": value for end, value in ends.items() if value is not None}
-
-
-def _first_documents(documents: Iterator[Document], max_tokens: int) -> list[Document]:
-    kept: list[Document] = []
-    total = 0
-    for document in documents:
-        if total >= max_tokens:
-            break
-        kept.append(document)
-        total += len(document.tokens)
-    return kept
-
-
-def _documents(source: Path, tokenizer: Tokenizer) -> Iterator[Document]:
-    """Documents that have any text, in order."""
-    if not source.exists():
-        raise PolygluError(
-            f"{source} does not exist; give a .jsonl file with a 'text' in each line, or a chunk folder."
-        )
-    found = _documents_of_chunks(source, tokenizer) if source.is_dir() else _documents_of_text(source, tokenizer)
-    return (document for document in found if document.tokens)
-
-
-def _documents_of_text(source: Path, tokenizer: Tokenizer) -> Iterator[Document]:
-    with open(source, encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                text = json.loads(line)["text"]
-                tokens, n_bytes = tokenizer.encode(text), len(text.encode())
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                message = f"{source}, line {number}: expected a JSON object whose 'text' is a string."
-                raise PolygluError(message) from None
-            yield Document(tokens, n_bytes)
-
-
-def _documents_of_chunks(source: Path, tokenizer: Tokenizer) -> Iterator[Document]:
-    opened = open_source(source)
-    described = opened.manifest["tokenizer"]
-    if described["fingerprint"] != tokenizer.fingerprint:
-        raise PolygluError(
-            f"{source} was tokenised with '{described['name']}', the checkpoint uses '{tokenizer.name}'; "
-            "tokenise it again, or give its text as .jsonl."
-        )
-    sizes = tokenizer.token_bytes
-
-    def document(tokens: list[int]) -> Document:
-        return Document(tokens, None if sizes is None else sum(sizes[token] for token in tokens))
-
-    rest: list[int] = []
-    for start in range(0, opened.n_tokens, READ_TOKENS):
-        part = opened.read(start, min(start + READ_TOKENS, opened.n_tokens))
-        ends = np.flatnonzero(part == opened.eos_id)
-        begin = 0
-        for end in ends.tolist():
-            yield document([*rest, *part[begin:end].tolist()])
-            rest, begin = [], end + 1
-        rest += part[begin:].tolist()
-    yield document(rest)
+MAX_EXPONENT = 700.0
+"""Little under the largest that a float's exponential holds."""

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -51,5 +52,5 @@ class _Lines:
         if now - self.told < LINE_SECONDS or self.done == 0:
             return
         self.told = now
-        left = (now - self.started) / self.done * (self.total - self.done)
-        logger.info("%s: %d of %d, about %.0f min left", self.description, self.done, self.total, left / 60)
+        left = timedelta(seconds=round((now - self.started) / self.done * (self.total - self.done)))
+        logger.info("%s: %d of %d, about %s left", self.description, self.done, self.total, left)

@@ -54,7 +54,7 @@ def neurotransmitter_heatmap(static: Tensor, effective: Tensor, caption: str) ->
     figure, body = titled_figure("Which activation each neuron prefers", 11, min(11.0, 3.2 + 0.2 * n_layers), caption)
     panels = body.subplots(1, 2, sharey=True)
     order = neuron_order(static, effective)
-    titles = ("static: softmax(α), before any text", "effective: full logits, mean over real text")
+    titles = ("static: softmax(α / τ), without any text", "effective: full logits, mean over real text")
     for panel, weights, title in zip(panels, (static, effective), titles, strict=True):
         extent = (0, n_neurons, n_layers - 0.5, -0.5)
         image = _preference_image(weights, order).numpy()
@@ -65,7 +65,7 @@ def neurotransmitter_heatmap(static: Tensor, effective: Tensor, caption: str) ->
         panel.set_xlim(0, n_neurons)
     panels[0].set_ylabel("layer")
     panels[0].set_yticks(_layer_ticks(n_layers))
-    _activation_legend(body, n_activations)
+    activation_legend(body, n_activations)
     return figure
 
 
@@ -81,15 +81,15 @@ def layer_distribution(static: Tensor, effective: Tensor, caption: str) -> Figur
     figure, body = titled_figure("Activations used in each layer", 11, 5, caption)
     panels = body.subplots(1, 2, sharey=True)
     colours = [activation.colour for activation in ACTIVATIONS[:n_activations]]
-    _stacked_bars(panels[0], preference_shares(static), [*colours, NO_PREFERENCE[1]])
-    _stacked_bars(panels[1], effective.mean(1), colours)
+    stacked_bars(panels[0], preference_shares(static), [*colours, NO_PREFERENCE[1]])
+    stacked_bars(panels[1], effective.mean(1), colours)
     panels[0].set(title="static: neurons by largest α", ylabel="share of the layer")
     panels[1].set(title="effective: routing weight on real text")
     for panel in panels:
-        _layer_axis(panel, n_layers)
+        layer_axis(panel, n_layers)
         panel.set_ylim(0, 1)
         panel.yaxis.set_major_formatter(PercentFormatter(1))
-    _activation_legend(body, n_activations)
+    activation_legend(body, n_activations)
     return figure
 
 
@@ -112,11 +112,11 @@ def entropy_per_layer(entropies: Mapping[str, Tensor], max_entropy: float, capti
         layers = torch.arange(n_layers) + 0.12 * (index - (len(entropies) - 1) / 2)
         style = _line_style(index, n_layers)
         panel.errorbar(layers.numpy(), values.mean(1).numpy(), yerr=deviation, capsize=2, label=label, **style)
-    _entropy_limit(panel.axhline, max_entropy)
-    panel.set(ylabel="entropy (nats)", ylim=_entropy_range(max_entropy))
-    _layer_axis(panel, n_layers)
+    entropy_limit(panel.axhline, max_entropy)
+    panel.set(ylabel="entropy (nats)", ylim=entropy_range(max_entropy))
+    layer_axis(panel, n_layers)
     panel.grid(axis="y", color=GRID)
-    _figure_legend(body, panel)
+    figure_legend(body, panel)
     return figure
 
 
@@ -138,15 +138,15 @@ def entropy_histogram(entropies: Mapping[str, Tensor], max_entropy: float, capti
             flat, bins=50, range=(0, max_entropy or 0.1), weights=[1 / flat.size] * flat.size,
             color=SERIES_COLOURS[index], alpha=0.85,
         )  # fmt: skip
-        _entropy_limit(panel.axvline, max_entropy)
+        entropy_limit(panel.axvline, max_entropy)
         panel.set(
             title=f"{label}\nmean {flat.mean():.4f} nats",
             xlabel="entropy of a neuron (nats)",
-            xlim=_entropy_range(max_entropy),
+            xlim=entropy_range(max_entropy),
         )
         panel.yaxis.set_major_formatter(PercentFormatter(1))
     panels[0].set_ylabel("share of all neurons")
-    _figure_legend(body, panels[0])
+    figure_legend(body, panels[0])
     return figure
 
 
@@ -179,12 +179,12 @@ def dynamic_routing_comparison(kinds: Sequence[str], prompt_logits: Tensor, shar
         upper.axhline(0, color=GREY, linewidth=0.8)
         lower.set_ylim(-0.03, 1.03)
         lower.yaxis.set_major_formatter(PercentFormatter(1))
-        _layer_axis(lower, n_layers, most=7)
+        layer_axis(lower, n_layers, most=7)
         for panel in (upper, lower):
             panel.grid(axis="y", color=GRID)
     panels[0, 0].set_ylabel("router's logit, β f(h̄)\n(mean ± standard deviation)")
     panels[1, 0].set_ylabel("effective routing weight")
-    _figure_legend(body, panels[0, 0])
+    figure_legend(body, panels[0, 0])
     return figure
 
 
@@ -214,8 +214,8 @@ def routing_shift_summary(sensitivity: Tensor, shifts: Mapping[str, Tensor], bas
         panel.set_ylim(bottom=0)
         panel.grid(axis="y", color=GRID)
         panel.set_axisbelow(True)
-        _layer_axis(panel, n_layers)
-    _figure_legend(body, right)
+        layer_axis(panel, n_layers)
+    figure_legend(body, right)
     return figure
 
 
@@ -262,7 +262,7 @@ def _preference_image(weights: Tensor, order: Tensor) -> Tensor:
     return binned.transpose(1, 2).clamp(0, 1)
 
 
-def _stacked_bars(panel: Any, shares: Tensor, colours: Sequence[str]) -> None:
+def stacked_bars(panel: Any, shares: Tensor, colours: Sequence[str]) -> None:
     """Draw shares ``[L, colours]``."""
     bottom = torch.zeros(len(shares))
     width = 0.85 if len(shares) <= 40 else 1.0
@@ -271,15 +271,19 @@ def _stacked_bars(panel: Any, shares: Tensor, colours: Sequence[str]) -> None:
         bottom = bottom + values
 
 
-def _activation_legend(body: Any, n_activations: int) -> None:
+def activation_legend(body: Any, n_activations: int, panel: Any = None) -> None:
+    """Names and colours of the activations above all panels; then the series of ``panel``, or no preference."""
     entries = [(f"{a.name} ({a.transmitter})", a.colour) for a in ACTIVATIONS[:n_activations]]
-    patches = [Patch(facecolor=colour, edgecolor=FAINT, label=label) for label, colour in (*entries, NO_PREFERENCE)]
-    body.legend(handles=patches, loc="outside upper left", ncols=5 if len(patches) <= 5 else 4, frameon=False)
+    entries += [NO_PREFERENCE] if panel is None else []
+    handles = [Patch(facecolor=colour, edgecolor=FAINT, label=label) for label, colour in entries]
+    handles += panel.get_legend_handles_labels()[0] if panel else []
+    body.legend(handles=handles, loc="outside upper left", ncols=5 if len(handles) <= 5 else 4, frameon=False)
 
 
-def _figure_legend(body: Any, panel: Any) -> None:
+def figure_legend(body: Any, panel: Any, columns: int = 4) -> None:
+    """A panel's series, above all panels."""
     handles, labels = panel.get_legend_handles_labels()
-    body.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False)
+    body.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False)
 
 
 def _line_style(index: int, n_layers: int) -> dict[str, Any]:
@@ -287,17 +291,19 @@ def _line_style(index: int, n_layers: int) -> dict[str, Any]:
     return {"color": SERIES_COLOURS[index], "marker": MARKERS[index], "markersize": size, "linewidth": 1.2}
 
 
-def _entropy_range(max_entropy: float) -> tuple[float, float]:
+def entropy_range(max_entropy: float) -> tuple[float, float]:
     """Axis from a little under 0, so that a mark at 0 is whole, to a little over ln K, also where ln K is 0."""
     span = max_entropy or 0.1
     return -0.04 * span, 1.06 * span
 
 
-def _entropy_limit(draw: Any, max_entropy: float) -> None:
+def entropy_limit(draw: Any, max_entropy: float) -> None:
+    """A dashed line at ln K."""
     draw(max_entropy, color=GREY, linestyle="--", linewidth=1, label=f"ln K = {max_entropy:.4f}, all alike")
 
 
-def _layer_axis(panel: Any, n_layers: int, most: int = 15) -> None:
+def layer_axis(panel: Any, n_layers: int, most: int = 15) -> None:
+    """Layers from left to right, no more than ``most`` of them numbered."""
     panel.set(xlabel="layer", xlim=(-0.6, n_layers - 0.4))
     panel.set_xticks(_layer_ticks(n_layers, most))
 

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from polyglu.model.config import ModelConfig, Recompute
+from polyglu.model.config import KernelName, ModelConfig, Recompute
 from polyglu.model.feed_forward import GLU, PolyGLU
 from polyglu.model.flash_attention import attention
+from polyglu.model.kernels.norm import norm_serves, rms_norm_op
 from polyglu.model.packing import Packing
 
 DYNAMIC = "L['packing'].cu_seqlens,L['packing'].max_length"
@@ -25,22 +26,30 @@ ROPE_BASE = 10000.0
 Output = TypeVar("Output")
 
 
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines of the positions, fp32 ``[B, T, 1, d / 2]``."""
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32.
 
     Under autocast the result has its dtype: it goes into matrix products, each of which would convert it by itself.
     """
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, kernels: KernelName = "auto") -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.kernels = eps, kernels
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``[..., width]``; the shape is kept, and without autocast the dtype."""
+    def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
+        """Normalise ``[..., width]``, then rotate it if told to; the shape is kept, without autocast the dtype too."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(dtype)
+        if self.kernels in ("auto", "native") and norm_serves(x, self.weight):
+            normed: Tensor = rms_norm_op(x, self.weight, self.eps, *(rope or (None, None)), dtype)[0]
+            return normed
+        normed = F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+        return (normed if rope is None else rotate(normed, *rope)).to(dtype)
 
 
 class RotaryEmbedding(nn.Module):
@@ -62,9 +71,9 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary position embedding to ``[B, T, heads, d]`` in fp32; shape and dtype are kept."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    """Apply rotary position embedding to fp32 ``[B, T, heads, d]``; the shape is kept."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class GroupedQueryAttention(nn.Module):
@@ -78,17 +87,17 @@ class GroupedQueryAttention(nn.Module):
         self.k_proj = nn.Linear(config.d_model, keys, bias=False)
         self.v_proj = nn.Linear(config.d_model, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.d_model, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.eps)
-        self.k_norm = RMSNorm(config.head_dim, config.eps)
+        self.q_norm = RMSNorm(config.head_dim, config.eps, config.kernels)
+        self.k_norm = RMSNorm(config.head_dim, config.eps, config.kernels)
 
-    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """``[B, T, D]`` -> queries ``[B, T, H, d]``, keys and values ``[B, T, G, d]``, as attention takes them."""
         heads = (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).view(heads)), *rope)
-        k = rotate(self.k_norm(self.k_proj(x).view(heads)), *rope)
+        q = self.q_norm(self.q_proj(x).view(heads), rope)
+        k = self.k_norm(self.k_proj(x).view(heads), rope)
         return q, k, self.v_proj(x).view(heads)
 
-    def forward(self, x: Tensor, packing: Packing, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, packing: Packing, rope: Rope) -> Tensor:
         """``[B, T, D]`` -> ``[B, T, D]``."""
         q, k, v = self.project(x, rope)
         return self.o_proj(attention(q, k, v, packing, self.use_flash).flatten(2))  # type: ignore[no-any-return]
@@ -99,13 +108,13 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.d_model, config.eps)
+        self.input_layernorm = RMSNorm(config.d_model, config.eps, config.kernels)
         self.self_attn = GroupedQueryAttention(config)
-        self.post_attention_layernorm = RMSNorm(config.d_model, config.eps)
+        self.post_attention_layernorm = RMSNorm(config.d_model, config.eps, config.kernels)
         self.mlp: PolyGLU | GLU
         if config.ffn == "polyglu":
             shape = config.d_model, config.d_ff, config.n_activations
-            self.mlp = PolyGLU(*shape, config.routing_scope, config.kernels)
+            self.mlp = PolyGLU(*shape, config.routing_scope, config.kernels, config.routing)
         else:
             self.mlp = GLU(config.d_model, config.d_ff, config.ffn)
 
@@ -113,7 +122,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         packing: Packing,
-        rope: tuple[Tensor, Tensor],
+        rope: Rope,
         tau: float | Tensor,
         gumbel: Tensor | None,
         recompute: Recompute = "none",
@@ -166,7 +175,7 @@ class PolychromaticLM(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = RMSNorm(config.d_model, config.eps)
+        self.norm = RMSNorm(config.d_model, config.eps, config.kernels)
         self.rope = RotaryEmbedding(config.head_dim, config.seq_length)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:

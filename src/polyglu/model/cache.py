@@ -3,6 +3,9 @@
 A row holds a slot. Prompts are packed for their first pass, never padded; then each pass takes one token of each row,
 side by side as the columns of ``[1, n, D]``. The rows in use are slots 0 to n - 1, so that they are views of the cache.
 
+A step on a CPU in fp32 is ``NativeStep``. On CUDA its shapes are rounded up (``static``), so that few of them occur,
+and each is captured once as a CUDA graph: hundreds of kernels then start as one. Elsewhere it runs as it is written.
+
 Shapes as in ``architecture``; P is the longest row, in positions.
 """
 
@@ -16,8 +19,13 @@ from torch import Tensor
 from polyglu.model.architecture import Block, PolychromaticLM
 from polyglu.model.feed_forward import GLU, ROUTER_WIDTH, PolyGLU
 from polyglu.model.flash_attention import attention
+from polyglu.model.graphs import Graphs
+from polyglu.model.native_step import NativeStep, native_serves
 from polyglu.model.packing import Packing, pack_rows
 from polyglu.model.routing import RoutingState
+
+ROUNDED_TO = 128
+"""Positions, to a multiple of which a static step rounds the longest row up; the rows, to a power of two."""
 
 
 class Cache:
@@ -29,10 +37,19 @@ class Cache:
         slots: rows at a time.
         longest: positions of a row.
         frozen: the routing mean stays the prompt's; else new tokens enter it.
+        static: round the shapes of a step up, as for CUDA graphs; absent: on CUDA.
     """
 
-    def __init__(self, model: PolychromaticLM, tau: float, slots: int, longest: int, frozen: bool = False) -> None:
-        self.model, self.tau, self.slots, self.frozen = model, tau, slots, frozen
+    def __init__(
+        self,
+        model: PolychromaticLM,
+        tau: float,
+        slots: int,
+        longest: int,
+        frozen: bool = False,
+        static: bool | None = None,
+    ) -> None:
+        self.model, self.tau, self.slots, self.longest, self.frozen = model, tau, slots, longest, frozen
         config, device = model.config, model.embed_tokens.weight.device
         shape = config.n_layers, slots, longest, config.n_kv_heads, config.head_dim
         dtype = compute_dtype(model)
@@ -42,6 +59,11 @@ class Cache:
         self.positions = torch.zeros(slots, dtype=torch.int64, device=device)
         """Of the next token of each row, ``[slots]``; ``lengths`` are the same, on the host."""
         self.lengths = [0] * slots
+        self.input_ids = torch.zeros(slots, dtype=torch.int64, device=device)
+        """The newest token of each row, ``[slots]``."""
+        self.static = device.type == "cuda" if static is None else static
+        self.graphs = Graphs(self._step) if device.type == "cuda" and self.static else None
+        self.native = NativeStep(model, tau, frozen) if not self.static and native_serves(model, dtype) else None
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
@@ -69,13 +91,24 @@ class Cache:
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Append one token to each of the rows in slots 0 to n - 1; logits ``[n, V]`` of the token after it."""
         n = len(tokens)
-        positions, lengths = self.positions[:n], [length + 1 for length in self.lengths[:n]]
-        input_ids = torch.tensor([tokens], device=positions.device)
-        features = features_by(self.model, input_ids, positions, _Tokens(self, positions, lengths))
-        self.lengths[:n] = lengths
-        positions += 1
+        self.lengths[:n] = [length + 1 for length in self.lengths[:n]]
+        self.input_ids[:n] = torch.tensor(tokens)
+        rows, longest = n, max(self.lengths[:n])
+        if self.static:
+            rows = min(1 << (n - 1).bit_length(), self.slots)
+            longest = min(-(-longest // ROUNDED_TO) * ROUNDED_TO, self.longest)
+        logits = self._step(rows, longest) if self.graphs is None else self.graphs(rows, longest, [self.totals])
+        self.positions[:n] += 1
         if not self.frozen:
             self.counts[:n] += 1
+        return logits[:n]
+
+    def _step(self, rows: int, longest: int) -> Tensor:
+        """Logits ``[rows, V]`` after the newest tokens of the first slots, of at most ``longest`` positions each."""
+        input_ids, positions = self.input_ids[:rows], self.positions[:rows]
+        if self.native is not None:
+            return self.native.logits(input_ids, positions, self.keys, self.values, self.totals, self.counts)
+        features = features_by(self.model, input_ids[None], positions, _Tokens(self, rows, longest))
         return self.model.head(features[0]).float()
 
     def move(self, source: int, target: int) -> None:
@@ -93,6 +126,8 @@ class Cache:
         for kept in (self.keys, self.values):
             kept[:, slot, : self.lengths[slot]] = 0
         self.lengths[slot] = 0
+        # A step of rounded shapes runs the slot too: it leaves what it makes where the next prompt begins.
+        self.positions[slot], self.counts[slot], self.input_ids[slot], self.totals[:, slot] = 0, 1, 0, 0
 
 
 class Visit(Protocol):
@@ -139,16 +174,15 @@ class _Prompts:
 
 
 class _Tokens:
-    """One token of each row in slots 0 to n - 1."""
+    """One token of each row in slots 0 to n - 1, none of which has more than ``longest`` positions with it."""
 
-    def __init__(self, cache: Cache, positions: Tensor, lengths: Sequence[int]) -> None:
-        self.cache, self.n, self.longest = cache, len(lengths), max(lengths)
-        self.place = torch.arange(self.n, device=positions.device), positions
-        self.mask = None
-        if min(lengths) < self.longest:
-            later = torch.arange(self.longest, device=positions.device) > positions[:, None]
-            mask = torch.zeros(later.shape, dtype=cache.keys.dtype, device=later.device)
-            self.mask = mask.masked_fill_(later, -torch.inf)[:, None, None]  # [n, 1, 1, longest of them]
+    def __init__(self, cache: Cache, n: int, longest: int) -> None:
+        self.cache, self.n, self.longest = cache, n, longest
+        positions = cache.positions[:n]
+        self.place = torch.arange(n, device=positions.device), positions
+        later = torch.arange(longest, device=positions.device) > positions[:, None]
+        mask = torch.zeros(later.shape, dtype=cache.keys.dtype, device=later.device)
+        self.mask = mask.masked_fill_(later, -torch.inf)[:, None, None]  # [n, 1, 1, longest]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]

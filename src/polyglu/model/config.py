@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 RoutingScope = Literal["sequence", "document", "causal"]
+RoutingParts = Literal["both", "static", "dynamic"]
+TauSchedule = Literal["linear", "constant", "cosine"]
 FeedForward = Literal["polyglu", "swiglu", "geglu", "reglu", "tanhglu"]
 KernelName = Literal["auto", "reference", "chunked", "native", "triton"]
 Recompute = Literal["none", "hidden", "ffn", "full"]
@@ -68,6 +70,9 @@ class ModelConfig(Section):
     """Use FlashAttention kernels on CUDA; the CPU always computes attention with PyTorch's SDPA."""
     routing_scope: RoutingScope = "sequence"
     """What the dynamic routing input is a mean of: the row (paper), the document, or the document so far (causal)."""
+    routing: RoutingParts = "both"
+    """What a neuron chooses by: its preference and the input; ``static``: its preference alone, alpha, without a
+    router; ``dynamic``: the input alone, without alpha. For ``ffn: polyglu``."""
     ffn: FeedForward = "polyglu"
     """Feed-forward layer: routed, or a gated linear unit with one fixed activation."""
     kernels: KernelName = "auto"
@@ -80,6 +85,8 @@ class ModelConfig(Section):
             raise ValueError(f"n_q_heads {self.n_q_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, got {self.head_dim}")
+        if self.routing != "both" and self.ffn != "polyglu":
+            raise ValueError(f"routing is '{self.routing}', but ffn '{self.ffn}' has no routing; remove 'routing'")
         return self
 
 
@@ -130,6 +137,8 @@ class LoopSection(Section):
     """Steps of linear warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """On weight matrices only; never on norms, biases, alpha or beta."""
+    alpha_decay: bool = False
+    """Let weight decay pull alpha towards 0 as well, as the published code did; a preference then has to outrun it."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """AdamW's decay rates."""
     adam_eps: PositiveFloat = 1e-8
@@ -138,6 +147,8 @@ class LoopSection(Section):
     """Largest norm of the global gradient."""
     entropy_reg: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the mean dynamic routing entropy, which the objective then rewards; 0: off. For ``ffn: polyglu``."""
+    gumbel: bool = True
+    """Gumbel noise in the routing logits of training steps; evaluation never has any."""
     micro_batch_size: Annotated[int | Literal["auto"], BeforeValidator(_number_or_auto)] = 2
     """Rows of seq_length tokens in one forward pass on one device; auto: the largest number of rows that fits into its
     memory and divides the rows of a step, for which ``grad_accum_steps`` then stands alone."""
@@ -184,7 +195,9 @@ class TrainingSection(LoopSection):
     tau_max: PositiveFloat = 1.0
     """Routing temperature at step 0."""
     tau_min: PositiveFloat = 0.1
-    """Routing temperature at the end; reached linearly."""
+    """Routing temperature at the end."""
+    tau_schedule: TauSchedule = "linear"
+    """How the temperature goes from ``tau_max`` to ``tau_min``; ``constant``: it stays at ``tau_max``."""
     portable_checkpoint_every: PositiveInt = 5000
     """Steps between portable checkpoints; a run shorter than this writes one with each resume checkpoint."""
     portable_optimizer: bool = False

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyglu.model.activations import ACTIVATIONS
-from polyglu.model.config import KernelName, RoutingScope
+from polyglu.model.config import KernelName, RoutingParts, RoutingScope
 from polyglu.model.packing import Packing
 from polyglu.model.routing import RoutingState, gated_mixture, pool, projected_mixture
 
@@ -41,6 +41,26 @@ class Router(nn.Module):
         return logits
 
 
+class NoRouter(nn.Module):
+    """In a router's place where neurons choose by their own preference alone: no parameters, logits of zero."""
+
+    def __init__(self, n_activations: int) -> None:
+        super().__init__()
+        self.n_activations = n_activations
+
+    def forward(self, x: Tensor, scope: RoutingScope, packing: Packing) -> Tensor:
+        """``[B, T, D]`` -> fp32 ``[B, 1, K]``."""
+        return self.logits(self.project(x[:, :1]))
+
+    def project(self, x: Tensor) -> Tensor:
+        """``[..., D]`` -> fp32 ``[..., R]``."""
+        return x.new_zeros(*x.shape[:-1], ROUTER_WIDTH, dtype=torch.float32)
+
+    def logits(self, mean: Tensor) -> Tensor:
+        """fp32 ``[..., R]`` -> ``[..., K]``."""
+        return mean.new_zeros(*mean.shape[:-1], self.n_activations)
+
+
 class PolyGLU(nn.Module):
     """Gated linear unit whose neurons choose among K activations (paper, section 3).
 
@@ -57,7 +77,12 @@ class PolyGLU(nn.Module):
         n_activations: K, the first K of ``ACTIVATIONS``.
         routing_scope: what h_bar is a mean of; ``causal`` is the one that is honest in a language model.
         kernels: what computes the mixture.
+        routing: ``static`` leaves out the router and beta, ``dynamic`` leaves out alpha: what is left out adds nothing
+            to the logits, and is no parameter.
     """
+
+    alpha: Tensor
+    beta: Tensor
 
     def __init__(
         self,
@@ -66,15 +91,24 @@ class PolyGLU(nn.Module):
         n_activations: int = 4,
         routing_scope: RoutingScope = "causal",
         kernels: KernelName = "auto",
+        routing: RoutingParts = "both",
     ) -> None:
         super().__init__()
         self.routing_scope, self.kernels = routing_scope, kernels
         self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
         self.up_proj = nn.Linear(d_model, d_ff, bias=False)
         self.down_proj = nn.Linear(d_ff, d_model, bias=False)
-        self.alpha = nn.Parameter(torch.zeros(d_ff, n_activations))
-        self.beta = nn.Parameter(torch.ones(n_activations))
-        self.router = Router(d_model, n_activations)
+        self.router: Router | NoRouter
+        if routing == "dynamic":
+            self.register_buffer("alpha", torch.zeros(d_ff, n_activations), persistent=False)
+        else:
+            self.alpha = nn.Parameter(torch.zeros(d_ff, n_activations))
+        if routing == "static":
+            self.register_buffer("beta", torch.ones(n_activations), persistent=False)
+            self.router = NoRouter(n_activations)
+        else:
+            self.beta = nn.Parameter(torch.ones(n_activations))
+            self.router = Router(d_model, n_activations)
 
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, tau: float | Tensor = 1.0, gumbel: Tensor | None = None

@@ -131,8 +131,11 @@ def save_portable(
 
 
 def describe_shape(config: ModelConfig) -> dict[str, Any]:
-    """What of a config belongs to the weights: not who computes, which each machine decides for itself."""
-    return config.model_dump(mode="json", exclude={"kernels"})
+    """What of a config belongs to the weights: not who computes, which each machine decides for itself.
+
+    Routing that has both parts, the paper's, goes without saying, as in checkpoints from before there was a choice.
+    """
+    return config.model_dump(mode="json", exclude={"kernels"} | ({"routing"} if config.routing == "both" else set()))
 
 
 def save_safetensors(folder: Path, checkpoint: Checkpoint) -> None:

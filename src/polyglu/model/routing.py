@@ -1,6 +1,6 @@
 """Routing: pooling over a scope, the mixture of activations, Gumbel noise, entropies. Shapes as in ``architecture``."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -117,7 +117,11 @@ def _scaled(gate: Tensor, neuron_logits: Tensor, token_logits: Tensor, tau: floa
 
 def reference_mixture(gate: Tensor, neuron_logits: Tensor, token_logits: Tensor, tau: float | Tensor) -> Tensor:
     """Readable form of the mixture in ``gated_mixture``, before up, one activation at a time."""
-    weights = routing_weights(neuron_logits, token_logits, tau)
+    return mix_activations(routing_weights(neuron_logits, token_logits, tau), gate)
+
+
+def mix_activations(weights: Sequence[Tensor], gate: Tensor) -> Tensor:
+    """Sum of weight times activation: K weights that broadcast to the shape of ``gate``, which the result has."""
     mixed = sum(weight * activation.function(gate) for weight, activation in zip(weights, ACTIVATIONS, strict=False))
     assert isinstance(mixed, Tensor)
     return mixed.to(gate.dtype)

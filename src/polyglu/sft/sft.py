@@ -90,6 +90,7 @@ def finetune(config: SFTConfig) -> Path:
         ),
         tau=lambda step: settings.tau,
         seed=settings.seed,
+        gumbel=settings.gumbel,
         checkpoint_every=settings.checkpoint_every,
         skip_spikes=settings.on_loss_spike == "skip",
         max_rollbacks=settings.max_rollbacks,

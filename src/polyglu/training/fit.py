@@ -46,6 +46,8 @@ class Plan:
     tau: Callable[[int], float]
     seed: int
     checkpoint_every: int
+    gumbel: bool = True
+    """Noise in the routing logits."""
     skip_spikes: bool = False
     """Leave out the update of a step whose loss is a spike."""
     max_rollbacks: int = 3
@@ -138,7 +140,8 @@ def _forward_backward(
     try:
         for host_batch in micro_batches:
             batch, last = host_batch.to(engine.ranks.device), host_batch is micro_batches[-1]
-            parts = engine.forward(batch, tau, batch_noise(engine.loss.model.config, batch, plan.seed))
+            noise = batch_noise(engine.loss.model.config, batch, plan.seed) if plan.gumbel else None
+            parts = engine.forward(batch, tau, noise)
             losses.append(parts.loss.detach())
             objective = (parts.loss + parts.penalty) / n_targets
             if last:

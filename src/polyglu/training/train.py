@@ -25,7 +25,7 @@ from polyglu.files import check_writable
 from polyglu.logs import configure_logging
 from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.config import TrainConfig, TrainingSection
-from polyglu.model.model import Checkpoint, create_model, load_checkpoint, read_checkpoint
+from polyglu.model.model import Checkpoint, create_model, describe_shape, load_checkpoint, read_checkpoint
 from polyglu.training.checkpoint import ResumePoint, find_resume_point
 from polyglu.training.engine import Engine, create_engine
 from polyglu.training.fit import Plan, fit
@@ -98,8 +98,9 @@ def train(config: TrainConfig) -> Path:
         learning_rate=lambda step: learning_rate(
             step, settings.learning_rate, settings.warmup_steps, settings.total_steps
         ),
-        tau=lambda step: temperature(step, settings.total_steps, settings.tau_max, settings.tau_min),
+        tau=lambda step: temperature(step, settings),
         seed=settings.seed,
+        gumbel=settings.gumbel,
         checkpoint_every=settings.checkpoint_every,
         skip_spikes=settings.on_loss_spike == "skip",
         max_rollbacks=settings.max_rollbacks,
@@ -121,7 +122,7 @@ def portable_files(
     if state.step % portable_interval(settings):
         return {}
     path = Path(settings.checkpoint_dir) / f"portable_step{state.step}.pt"
-    tau = temperature(state.step, settings.total_steps, settings.tau_max, settings.tau_min)
+    tau = temperature(state.step, settings)
     with_order = order if settings.portable_optimizer else None
     return {path.name: portable_writer(engine, path, config.model, state, tau, tokenizer, with_order)}
 
@@ -204,7 +205,9 @@ def source_faults(sources: Sequence[TokenSource], vocab_size: int) -> Iterator[s
 
 def data_order(config: TrainConfig, loader: TokenLoader) -> dict[str, Any]:
     """What determines a run's model and data order."""
-    return {"model": config.model.model_dump(mode="json", exclude={"use_flash_attn", "kernels"}), **loader.identity}
+    shape = describe_shape(config.model)
+    del shape["use_flash_attn"]  # who computes
+    return {"model": shape, **loader.identity}
 
 
 def check_tokenizer(checkpoint: Checkpoint, source: TokenSource, path: str) -> None:

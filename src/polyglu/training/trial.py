@@ -100,8 +100,9 @@ def try_out(
             learning_rate=lambda step: learning_rate(
                 step, settings.learning_rate, settings.warmup_steps, settings.total_steps
             ),
-            tau=lambda step: temperature(step, settings.total_steps, settings.tau_max, settings.tau_min),
+            tau=lambda step: temperature(step, settings),
             seed=settings.seed,
+            gumbel=settings.gumbel,
             checkpoint_every=1,
             max_rollbacks=0,
         )

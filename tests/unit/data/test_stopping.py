@@ -60,5 +60,7 @@ def test_text_comes_as_soon_as_it_is_certain(tokenizer: Tokenizer) -> None:
     assert len(ids) > len(TEXT)  # a character of several bytes is several tokens
     pieces = streamed(tokenizer, ids, [])
     assert [piece for piece in pieces if piece] == list(TEXT) and pieces[-1] == ""
+    beyond = TextStream(tokenizer, ["née"])
+    assert "".join(beyond.push(token) for token in ids) + beyond.end() == TEXT[: TEXT.index("née")]
     ids = [token for character in "a#b##c" for token in tokenizer.encode(character)]
     assert streamed(tokenizer, ids, ["##d", "é"]) == ["a", "", "#b", "", "", "##c", ""]

@@ -44,7 +44,7 @@ def test_equals_a_plain_loop_over_documents(opened: Inference, run: Any, tmp_pat
 def test_chunks_give_what_their_texts_give(
     opened: Inference, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("polyglu.evaluation.perplexity.READ_TOKENS", 10)  # documents span several reads
+    monkeypatch.setattr("polyglu.data.held_out.READ_TOKENS", 10)  # documents span several reads
     texts = [*run.texts, "Question: 1 + 1 =\n" * 30, "日本 née"]
     ids = [token for text in texts for token in (*opened.tokenizer.encode(text), opened.tokenizer.eos_id)]
     folder = write_token_source(

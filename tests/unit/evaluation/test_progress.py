@@ -29,8 +29,8 @@ def test_a_log_gets_a_line_now_and_then_with_the_time_left(clock: Clock, caplog:
             clock.now += 6
             advance(1)
     lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == 20 and lines[0] == "generating: 5 of 1000, about 99 min left"
-    assert lines[-1] == "generating: 100 of 1000, about 90 min left"
+    assert len(lines) == 20 and lines[0] == "generating: 5 of 1000, about 1:39:30 left"
+    assert lines[-1] == "generating: 100 of 1000, about 1:30:00 left"
 
 
 def test_a_terminal_shows_a_bar_with_the_time_left(

@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 from polyglu.errors import PolygluError
 from polyglu.interpretability.neurotransmitter_maps import (
     has_preference,
+    moved_weight,
     neuron_order,
     preference_shares,
     preferred_activation,
     stack_alpha,
+    static_preference,
 )
 from polyglu.model.config import ModelConfig
 from polyglu.model.model import create_model
@@ -31,11 +33,31 @@ def test_untrained_neurons_prefer_nothing() -> None:
     assert preference_shares(weights).tolist() == [[0, 0, 0, 0, 1]] * 2
 
 
-def test_threshold_is_a_thousandth_of_a_nat() -> None:
-    # KL divergence of (1/2 + d, 1/2 - d) from equal weights is about 2 d^2.
-    near, far = (math.sqrt(factor * 1e-3 / 2) for factor in (0.9, 1.1))
-    weights = torch.tensor([[0.5 + near, 0.5 - near], [0.5 + far, 0.5 - far]])
+def test_threshold_is_a_hundredth_of_the_weight() -> None:
+    weights = torch.tensor([[0.509, 0.491], [0.511, 0.489]])
     assert has_preference(weights).tolist() == [False, True]
+    assert moved_weight(weights).tolist() == pytest.approx([0.009, 0.011], abs=1e-6)
+
+
+def test_static_preference_is_seen_at_the_models_temperature() -> None:
+    alpha = torch.tensor([[[0.05, -0.05]]])  # moves 0.025 of the weight at temperature 1, and half of it at 0.1
+    assert static_preference(alpha, 10.0)["as_at_the_start"]
+    found = static_preference(alpha, 0.1)
+    assert not found["as_at_the_start"] and "One checkpoint does not tell" in found["sentence"]
+    expected = 1 / (1 + math.exp(-1)) - 0.5
+    assert found["moved_weight"]["median"] == pytest.approx(expected, abs=1e-6)
+    assert found["rms_alpha"] == found["largest_alpha"] == pytest.approx(0.05)
+
+
+def test_one_activation_leaves_nothing_to_prefer() -> None:
+    assert "nothing to prefer" in static_preference(torch.ones(2, 3, 1), 0.5)["sentence"]
+
+
+def test_what_all_activations_share_is_no_preference() -> None:
+    alpha = torch.full((2, 3, 4), 7.0)
+    found = static_preference(alpha, 0.1)
+    assert found["rms_alpha"] == 0 and found["without_preference_per_layer"] == [1, 1]
+    assert "cannot be told from their initial values" in found["sentence"]
 
 
 def test_a_lone_activation_is_preferred() -> None:

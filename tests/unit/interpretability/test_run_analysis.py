@@ -8,11 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from html_page import HtmlPage
 from matplotlib.image import imread
+from models import sharp_model
+from safetensors.torch import load_file
 
 from polyglu.data.tokenizer import Tokenizer, train_bpe
 from polyglu.errors import PolygluError
-from polyglu.interpretability.run_analysis import analyze, analyze_checkpoint
+from polyglu.interpretability import NEURON_FILE, PAGE_FILE, TEXT_FIGURES, TEXT_FILE, text_report
+from polyglu.interpretability.neurotransmitter_maps import stack_alpha
+from polyglu.interpretability.run_analysis import TextSettings, analyze, analyze_checkpoint
+from polyglu.interpretability.text_analysis import analyze_texts, to_json
+from polyglu.interpretability.texts import Texts
 from polyglu.model.config import ModelConfig
 from polyglu.model.model import create_model, load_checkpoint, save_portable
 
@@ -33,7 +40,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return train_bpe(["one two three"], 260, tmp_path_factory.mktemp("tokenizer"))
 
 
-def save_checkpoint(path: Path, tokenizer: Tokenizer, alpha: float = 1.0, tau: float = 0.1, **changes: Any) -> Path:
+def save_checkpoint(
+    path: Path, tokenizer: Tokenizer, alpha: float = 1.0, tau: float = 0.1, step: int = 12, **changes: Any
+) -> Path:
     shape = {**SHAPE, "vocab_size": tokenizer.vocab_size, "routing_scope": "causal", **changes}
     config = ModelConfig.model_validate(shape)
     model = create_model(config)
@@ -41,7 +50,8 @@ def save_checkpoint(path: Path, tokenizer: Tokenizer, alpha: float = 1.0, tau: f
     for name, parameter in model.named_parameters():
         if name.endswith("alpha"):
             parameter.data = torch.randn(parameter.shape, generator=generator) * alpha
-    save_portable(path, model.state_dict(), config, 12, tau, tokenizer.identity())
+    path.parent.mkdir(exist_ok=True)
+    save_portable(path, model.state_dict(), config, step, tau, tokenizer.identity())
     return path
 
 
@@ -57,7 +67,7 @@ def save_checkpoint(path: Path, tokenizer: Tokenizer, alpha: float = 1.0, tau: f
 )
 def test_seven_files_for_any_shape(tmp_path: Path, tokenizer: Tokenizer, changes: dict[str, Any]) -> None:
     checkpoint = save_checkpoint(tmp_path / "model.pt", tokenizer, **changes)
-    stats = analyze_checkpoint(checkpoint, tmp_path / "figures")
+    stats = analyze_checkpoint(checkpoint, tmp_path / "figures", settings=None)
     assert {path.name for path in (tmp_path / "figures").iterdir()} == FILES
     for path in map(Path, stats.pop("figures")):
         image = imread(path)
@@ -72,9 +82,67 @@ def test_seven_files_for_any_shape(tmp_path: Path, tokenizer: Tokenizer, changes
         assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
 
 
+WORDS = ("alpha beta gamma", "one two three", "x = y + 1", "the cat sat")
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts of three kinds; two of them are of the same words."""
+    folder = tmp_path_factory.mktemp("kinds")
+    for kind, (first, second) in {"greek": (0, 1), "more": (1, 0), "code": (2, 2)}.items():
+        texts = [f"{WORDS[first]} {index} {WORDS[second]} " * 3 for index in range(8)]
+        (folder / f"{kind}.txt").write_text("\n\n".join(texts))
+    return folder
+
+
+@pytest.fixture
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of few pixels are made quickly."""
+    for module in ("plotting", "plotting_pages"):
+        monkeypatch.setattr(f"polyglu.interpretability.{module}.DPI", 30)
+
+
+@pytest.mark.usefixtures("coarse")
+def test_texts_add_figures_numbers_neurons_and_a_page(tmp_path: Path, tokenizer: Tokenizer, kinds: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "model.pt", tokenizer, n_layers=2)
+    other = save_checkpoint(tmp_path / "run/portable_step5.pt", tokenizer, n_layers=2, step=5, alpha=0.3)
+    settings = TextSettings(kinds, documents=6, tokens=24, over=[str(other.parent)])
+    found = analyze_checkpoint(checkpoint, tmp_path / "figures", settings=settings)
+    added = {*TEXT_FIGURES, TEXT_FILE, NEURON_FILE, PAGE_FILE}
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == FILES | added
+    written = json.loads((tmp_path / "figures" / TEXT_FILE).read_text(), parse_constant=pytest.fail)
+    assert written == found["text_routing"]
+    assert written["texts"]["kinds"] == {"code": 6, "greek": 6, "more": 6}
+    assert written["static_preference"]["sentence"] in written["sentences"]
+    for layer in written["layers"]:
+        for shares in (*layer["shares_by_kind"].values(), layer["dominant"]):
+            assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
+        assert sum(part["estimate"] for part in layer["variance"]["components"].values()) == pytest.approx(1)
+    assert [one["step"] for one in written["over_training"]["checkpoints"]] == [5, 12]
+    neurons = load_file(tmp_path / "figures" / NEURON_FILE)
+    assert neurons["mean_weights"].shape == (2, 7, 4) and neurons["dominant"].shape == (2, 7)
+    page = HtmlPage((tmp_path / "figures" / PAGE_FILE).read_text())
+    assert len(page.images) == len(TEXT_FIGURES) + 6
+    routes = [data for data in page.data if isinstance(data, dict)]
+    assert [route["layers"] for route in routes] == [2, 2, 2] and len(routes[0]["dominant"]) == 2 * 24
+
+
+@pytest.mark.usefixtures("coarse")
+@pytest.mark.parametrize("shape", [(3, 7, 1), (1, 1, 6)])
+def test_lone_activation_and_single_neuron_are_looked_at_too(shape: tuple[int, int, int]) -> None:
+    n_layers, neurons, activations = shape
+    model = sharp_model(n_layers=n_layers, d_ff=neurons, n_activations=activations, routing_scope="causal")
+    tokens, labels = torch.arange(40).view(4, 10), torch.tensor([0, 0, 1, 1])
+    analysis = analyze_texts(model, Texts(("a", "b"), tokens, labels, {}), stack_alpha(model), 0.5)
+    json.dumps(to_json(analysis), allow_nan=False)
+    figures = [drawn.on_page(name) for name, drawn in text_report.draw(analysis, "note", "caption").items()]
+    assert len(figures) == 3 and figures[0].dark is not None and figures[2].dark is None
+    assert any("layer 0" in mark.text for mark in figures[0].marks)
+
+
 def test_stats_identify_the_checkpoint(tmp_path: Path, tokenizer: Tokenizer) -> None:
     checkpoint = save_checkpoint(tmp_path / "model.pt", tokenizer, routing_scope="sequence")
-    stats = analyze_checkpoint(checkpoint, tmp_path / "figures")
+    stats = analyze_checkpoint(checkpoint, tmp_path / "figures", settings=None)
     assert stats["checkpoint"] == {
         "path": str(checkpoint),
         "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
@@ -86,8 +154,9 @@ def test_stats_identify_the_checkpoint(tmp_path: Path, tokenizer: Tokenizer) -> 
 
 def test_untrained_alpha_is_called_no_preference(tmp_path: Path, tokenizer: Tokenizer) -> None:
     checkpoint = save_checkpoint(tmp_path / "model.pt", tokenizer, alpha=0.001)
-    stats = analyze_checkpoint(checkpoint, tmp_path / "figures")
+    stats = analyze_checkpoint(checkpoint, tmp_path / "figures", settings=None)
     assert stats["without_static_preference"] == 1
+    assert stats["static_preference"]["as_at_the_start"]
     assert stats["static_shares"] == [{"ReLU": 0, "Tanh": 0, "SiLU": 0, "GELU": 0, "no preference": 1}]
 
 

@@ -116,7 +116,8 @@ CAUSAL = SMALL.model_copy(update={"routing_scope": "causal"})
 
 @pytest.mark.parametrize("recompute", ["hidden", "full"])
 def test_autocast(check: Check, recompute: Recompute) -> None:
-    check(CAUSAL, recompute, dtype=torch.bfloat16, tolerance=1e-2)
+    """A gate that rounds to the other side of 0 meets ReLU's other slope: hence the tolerance."""
+    check(CAUSAL, recompute, dtype=torch.bfloat16, tolerance=4e-2)
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])

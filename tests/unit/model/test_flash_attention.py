@@ -87,3 +87,12 @@ def test_first_token_of_a_document_is_its_own_value() -> None:
     out = attention(q, k, v, packing_of(1, 9, [4, 1, 4]), use_flash=False)
     for start in (0, 4, 5):
         torch.testing.assert_close(out[0, start], v[0, start])
+
+
+@pytest.mark.parametrize("lengths", [None, [5, 7, 12]])
+def test_short_documents_in_bf16_are_rounded_once(lengths: list[int] | None) -> None:
+    inputs = [x.detach().bfloat16() for x in random_qkv(2, 12, 4, 2)]
+    packing = packing_of(2, 12, lengths)
+    exact = attention(*(x.float() for x in inputs), packing, use_flash=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(attention(*inputs, packing, use_flash=False), exact.bfloat16())

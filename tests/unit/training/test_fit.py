@@ -97,6 +97,8 @@ def test_schedules_take_the_steps_done_and_the_noise_the_sample(tmp_path: Path) 
     Noting(tmp_path, plan_of(2, **schedules), engine_of=engine_of).go()
     assert seen == [("tau", 0.5), ("tau", 0.5), ("rate", 0.1), ("tau", 1.5), ("tau", 1.5), ("rate", 1.1)]
     assert [(seed, samples.tolist()) for seed, samples in asked] == [(7, [at, at + 1]) for at in (0, 2, 4, 6)]
+    Noting(tmp_path / "quiet", plan_of(2, gumbel=False), engine_of=engine_of).go()
+    assert len(asked) == 4  # no more
 
 
 def test_a_step_without_targets_is_no_fault_of_the_program(tmp_path: Path) -> None:

@@ -44,3 +44,12 @@ def test_decay_alone_never_moves_alpha() -> None:
     optimizer.step()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != is_decayed(name, parameter), name
+
+
+def test_alpha_decays_on_request() -> None:
+    groups = parameter_groups(model := PolychromaticLM(SMALL), 0.1, alpha_decay=True)
+    decayed = {id(parameter) for parameter in groups[0]["params"]}
+    plain = {id(parameter) for parameter in parameter_groups(model, 0.1)[0]["params"]}
+    assert decayed - plain == {id(layer.mlp.alpha) for layer in model.layers}  # type: ignore[union-attr]
+    settings = TrainingSection(weight_decay=0.5, learning_rate=0.1, alpha_decay=True)
+    assert len(create_optimizer(model, settings).param_groups[0]["params"]) == len(decayed)

@@ -1,5 +1,6 @@
 import pytest
 
+from polyglu.model.config import TrainingSection
 from polyglu.training.schedules import learning_rate, temperature
 
 
@@ -25,9 +26,17 @@ def test_run_shorter_than_its_warm_up() -> None:
 
 def test_paper_temperature() -> None:
     def tau(step: int) -> float:
-        return temperature(step, total_steps=19531, tau_max=1.0, tau_min=0.1)
+        return temperature(step, TrainingSection())
 
     assert tau(0) == 1.0
     assert tau(10_000) == pytest.approx(1.0 - 0.9 * 10_000 / 19531)
     assert tau(19531) == pytest.approx(0.1)
     assert tau(30_000) == 0.1
+
+
+def test_other_temperatures_have_the_same_ends() -> None:
+    cosine = TrainingSection(total_steps=100, tau_max=2.0, tau_min=0.5, tau_schedule="cosine")
+    found = [temperature(step, cosine) for step in (0, 25, 50, 75, 100, 130)]
+    assert found == pytest.approx([2.0, 0.5 + 1.5 * 0.8535534, 1.25, 0.5 + 1.5 * 0.1464466, 0.5, 0.5])
+    constant = TrainingSection(total_steps=100, tau_max=0.7, tau_schedule="constant")
+    assert {temperature(step, constant) for step in (0, 50, 100)} == {0.7}

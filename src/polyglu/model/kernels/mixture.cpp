@@ -2,80 +2,16 @@
 //
 // One pass over memory each way: the branches live in registers. A task is a block of neurons of some positions of a
 // row; what it sums over positions (neurons' logits) or neurons (positions' logits) goes to a place of its own, so that
-// the result does not depend on the number of threads. Vectors are those of GCC and Clang: any processor they know.
+// the result does not depend on the number of threads.
 //
 // Shapes: B rows, T positions, F neurons, S = T or 1; K activations, a macro: ACTIVATIONS. Row-major, the last one dense.
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int W = 16;
-#else
-constexpr int W = 8;
-#endif
 constexpr int NEURONS = 512;    // of a task: its sums stay in the first-level cache
 constexpr int POSITIONS = 512;  // of a task
-
-typedef float vec __attribute__((vector_size(4 * W)));
-typedef int32_t ivec __attribute__((vector_size(4 * W)));
-typedef uint32_t uvec __attribute__((vector_size(4 * W)));
-typedef uint16_t hvec __attribute__((vector_size(2 * W)));
-
-inline vec all(float x) { return vec{} + x; }
-inline vec select(ivec mask, vec yes, vec no) { return mask ? yes : no; }
-inline vec abs(vec x) { return (vec)((uvec)x & 0x7fffffffu); }
-inline vec larger(vec a, vec b) { return select(a > b, a, b); }
-inline vec inverse(vec x) {  // of a finite number: an estimate and a step of Newton's, which is faster than a division
-#if defined(__AVX512F__)
-  vec y = (vec)_mm512_rcp14_ps((__m512)x);
-#elif defined(__AVX2__)
-  vec y = (vec)_mm256_rcp_ps((__m256)x);
-#else
-  vec y = 1.0f / x;
-#endif
-  return y + y * (1.0f - x * y);
-}
-inline float sum(vec x) {
-  float total = 0;
-  for (int i = 0; i < W; i++) total += x[i];
-  return total;
-}
-
-// fp32 and bf16 in memory; fewer than W elements at the end of a row.
-inline vec load(const float* p, int n) {
-  vec x{};
-  if (n == W) memcpy(&x, p, sizeof x);
-  else memcpy(&x, p, 4 * n);
-  return x;
-}
-inline void store(float* p, vec x, int n) {
-  if (n == W) memcpy(p, &x, sizeof x);
-  else memcpy(p, &x, 4 * n);
-}
-inline vec load(const uint16_t* p, int n) {
-  hvec half{};
-  if (n == W) memcpy(&half, p, sizeof half);
-  else memcpy(&half, p, 2 * n);
-  return (vec)(__builtin_convertvector(half, uvec) << 16);
-}
-inline void store(uint16_t* p, vec x, int n) {
-#ifdef __AVX512BF16__
-  hvec half = (hvec)_mm512_cvtneps_pbh((__m512)x);
-#else
-  uvec bits = (uvec)x;
-  bits = x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : bits | 0x400000u;  // to the nearest, ties to even; NaN stays
-  hvec half = __builtin_convertvector(bits >> 16, hvec);
-#endif
-  if (n == W) memcpy(p, &half, sizeof half);
-  else memcpy(p, &half, 2 * n);
-}
 
 // exp(x) for x <= 0 (below -87 it is 0, NaN stays NaN): 2^n * e^r with |r| <= ln(2) / 2.
 inline vec exp_of_negative(vec x) {
@@ -91,6 +27,32 @@ inline vec exp_of_negative(vec x) {
   p = p * r + 1.0f;
   vec scale = (vec)(((uvec)shifted << 23) + 0x3f800000u);
   return select(x < -87.0f, vec{}, p * scale);
+}
+
+// Sine and cosine after Cephes: x less a multiple of pi / 2, whose three parts leave no rounding, then polynomials.
+inline void sine_cosine(vec x, vec* sine, vec* cosine) {
+  if (sum(select(abs(x) <= 8192.0f, vec{}, all(1))) > 0) {  // too many multiples, or not finite
+    for (int i = 0; i < W; i++) {
+      (*sine)[i] = std::sin(x[i]);
+      (*cosine)[i] = std::cos(x[i]);
+    }
+    return;
+  }
+  vec shifted = x * 0.636619772f + 12582912.0f;  // rounds to an integer, in the low bits
+  vec n = shifted - 12582912.0f;
+  vec r = x - n * 1.5703125f - n * 4.837512969970703125e-4f - n * 7.54978995489188216e-8f, r2 = r * r;
+  vec s = all(-1.9515295891e-4f);
+  s = s * r2 + 8.3321608736e-3f;
+  s = s * r2 - 1.6666654611e-1f;
+  s = s * r2 * r + r;
+  vec c = all(2.443315711809948e-5f);
+  c = c * r2 - 1.388731625493765e-3f;
+  c = c * r2 + 4.166664568298827e-2f;
+  c = c * r2 * r2 - 0.5f * r2 + 1.0f;
+  uvec quarter = (uvec)shifted;
+  ivec odd = (quarter & 1u) != 0u;
+  *sine = (vec)((uvec)select(odd, c, s) ^ ((quarter & 2u) << 30));
+  *cosine = (vec)((uvec)select(odd, s, c) ^ (((quarter + 1u) & 2u) << 30));
 }
 
 // Of each activation its value, and its derivative if asked for. K = 1: ReLU, then Tanh, SiLU, GELU, Sine, Gaussian.
@@ -130,11 +92,8 @@ inline void activate(vec x, vec* value, vec* slope) {
     value[3] = x * normal;
     if (DERIVATIVE) slope[3] = normal + x * density * 0.39894228f;
     if constexpr (K > 4) {
-      vec cosine{};
-      for (int i = 0; i < W; i++) {
-        value[4][i] = std::sin(x[i]);
-        if (DERIVATIVE) cosine[i] = std::cos(x[i]);
-      }
+      vec cosine;
+      sine_cosine(x, &value[4], &cosine);
       if (DERIVATIVE) slope[4] = cosine;
     }
     if constexpr (K > 5) {

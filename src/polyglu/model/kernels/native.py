@@ -1,31 +1,11 @@
-"""The gated mixture on a CPU in C++ (``mixture.cpp``), compiled on this machine when first used.
-
-A library is compiled for one K and one processor, in about a second, and kept in ``$XDG_CACHE_HOME/polyglu`` (default
-``~/.cache/polyglu``) under a name that tells source, compiler, flags and processor. It is written elsewhere and then
-renamed: processes that compile at the same time do not wait for each other, and a kill leaves nothing half written.
-"""
+"""The gated mixture on a CPU in C++ (``mixture.cpp``): a library for each K."""
 
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from functools import cache
-from importlib.resources import files
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
-
-COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-SECONDS = 120
-"""A compiler that takes longer is taken for one that hangs."""
+from polyglu.model.kernels.compiled import load_library
 
 
 class Problem(ctypes.Structure):
@@ -83,61 +63,16 @@ def _problem(gate: Tensor, up: Tensor, neuron: Tensor, token: Tensor, **others: 
     )  # fmt: skip
 
 
+def _library(k: int) -> ctypes.CDLL | None:
+    """For K activations; None if it cannot be had here."""
+    library = load_library("mixture", f"ACTIVATIONS={k}")
+    for name in ("neurons_at_once", "positions_at_once") if library else ():
+        getattr(library, name).restype = ctypes.c_int64
+    return library
+
+
 def _loaded(k: int) -> ctypes.CDLL:
     library = _library(k)
     if library is None:
         raise RuntimeError("the native kernel could not be compiled")
     return library
-
-
-@cache
-def _library(k: int) -> ctypes.CDLL | None:
-    """The library for K activations; None if it cannot be had here."""
-    try:
-        library = ctypes.CDLL(str(_compiled(k)))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        logger.warning("no native kernel for the CPU, a slower one is used: %s", said.strip()[-400:])
-        return None
-    for name in ("neurons_at_once", "positions_at_once"):
-        getattr(library, name).restype = ctypes.c_int64
-    return library
-
-
-def _compiled(k: int) -> Path:
-    """Path of the library, compiled if it is not there yet.
-
-    Raises:
-        OSError: no compiler, or no folder to write to.
-        subprocess.SubprocessError: the compiler failed.
-    """
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
-    if compiler is None:
-        raise FileNotFoundError(f"none of the compilers {', '.join(COMPILERS)} is installed")
-    source = files("polyglu.model.kernels").joinpath("mixture.cpp").read_text()
-    command = [*compiler.split(), *FLAGS, f"-DACTIVATIONS={k}"]
-    version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256("\0".join([source, *command, version, _processor()]).encode()).hexdigest()
-    path = _cache_folder() / f"mixture_{k}_{key[:32]}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
-            subprocess.run(
-                [*command, "-x", "c++", "-", "-o", str(made)],
-                input=source, capture_output=True, text=True, check=True, timeout=SECONDS,
-            )  # fmt: skip
-            made.replace(path)
-    return path
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "polyglu"
-
-
-def _processor() -> str:
-    """What ``-march=native`` depends on: a home folder may serve machines of several kinds."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return platform.machine() + "".join(line for line in lines[:40] if line.startswith(("model name", "flags")))

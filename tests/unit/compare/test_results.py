@@ -1,0 +1,91 @@
+"""From made-up runs to results: pairing, runs that diverged, sentences about the leak."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_suite import write
+
+from polyglu.compare.report import build_page, console_table
+from polyglu.compare.results import leak_sentence, run_label, summarise
+from polyglu.compare.suite import Suite, load_suite
+from polyglu.page import render
+
+TARGETS = [10, 30, 60]
+
+
+def run(loss: float, ahead: float | None = None) -> dict[str, Any]:
+    """A run of a mean loss; ``ahead``: how much lower as trained, on training rows, half of it on held-out ones."""
+
+    def part(mean: float) -> dict[str, Any]:
+        return {"all": {"nats": [mean * count for count in TARGETS], "targets": TARGETS}}
+
+    found: dict[str, Any] = {
+        "steps": 30, "parameters": 5, "d_ff": 24, "train_loss": loss, "tokens_per_second": 100 * loss,
+        "peak_memory_gb": loss, "curve": [[1, 4.0], [30, loss]], "heldout": part(loss),
+    }  # fmt: skip
+    if ahead is not None:
+        found |= {"heldout_as_trained": part(loss - ahead / 2)}
+        found |= {"training": part(loss), "training_as_trained": part(loss - ahead)}
+    return found
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Suite:
+    variants = {"swiglu": {"model": {"ffn": "swiglu"}}, "sequence": {}}
+    return load_suite(write(tmp_path, variants=variants, seeds=[0, 1, 2]))
+
+
+def results(suite: Suite, sequence: dict[int, Any], failed: dict[str, str] | None = None) -> dict[str, Any]:
+    found = {run_label("swiglu", seed): run(3.0 + 0.1 * seed) for seed in range(3)}
+    found |= {run_label("sequence", seed): content for seed, content in sequence.items()}
+    each = {"swiglu": 1.0, "sequence": 2.0}
+    return summarise(suite, found, failed or {}, each, {name: 960 for name in each})
+
+
+def test_results_of_whole_runs(suite: Suite) -> None:
+    found = results(suite, {seed: run(2.9 + 0.1 * seed + 0.001 * seed, 0.5 + 0.01 * seed) for seed in range(3)})
+    swiglu, sequence = found["variants"]
+    assert swiglu["loss"]["mean"] == pytest.approx(3.1) and swiglu["loss"]["n"] == 3
+    assert sequence["difference"]["mean"] == pytest.approx(-0.099) and sequence["difference"]["outcome"] == "lower"
+    assert found["verdict"].endswith(
+        "against swiglu is lower for sequence by 0.0990 nats (95% interval 0.0965 to 0.1015)."
+    )
+    assert (sequence["tokens_per_second"], sequence["peak_memory_gb"]) == pytest.approx((300.1, 3.102))
+    assert sequence["curve"] == [[1, 4.0], [30, pytest.approx(3.001)]]
+    (leak,) = found["leaks"]
+    assert leak["training"]["difference"]["mean"] == pytest.approx(0.51)
+    assert leak["heldout"]["difference"]["mean"] == pytest.approx(0.255)
+    page = render(build_page(found, []))
+    assert found["verdict"].split(" (")[0] in page and "0.5100 nats lower" in page
+    assert console_table(found).row_count == 2
+
+
+def test_a_run_without_a_finite_loss_has_diverged(suite: Suite) -> None:
+    diverged = run(math.nan, 0.5)
+    found = results(suite, {0: run(2.9, 0.5), 1: diverged}, {"sequence, seed 2": "out of memory"})
+    assert found["failed"] == {
+        "sequence, seed 2": "out of memory",
+        "sequence, seed 1": "it diverged: its held-out loss is not finite",
+    }
+    sequence = found["variants"][1]
+    assert (sequence["runs"], sequence["failed"], sequence["loss"]["n"]) == (1, 2, 1)
+    assert sequence["difference"]["p"] is None and "2 of the runs failed" in found["verdict"]
+    nothing = results(suite, {})
+    assert nothing["variants"][1]["loss"] is None and len(nothing["failed"]) == 3
+    assert "no result" in render(build_page(nothing, [])) and console_table(nothing).row_count == 2
+
+
+def leak(suite: Suite, *ahead: float) -> str:
+    found = results(suite, {seed: run(3.0, value) for seed, value in enumerate(ahead)})
+    return leak_sentence(found["leaks"][0])
+
+
+def test_a_leak_is_stated_with_its_interval_or_not_at_all(suite: Suite) -> None:
+    assert "0.5000 nats lower than" in leak(suite, 0.5, 0.51, 0.49)
+    assert "95% interval 0.4752 to 0.5248 over 3 seeds" in leak(suite, 0.5, 0.51, 0.49)
+    assert "0.5000 nats higher than" in leak(suite, -0.5, -0.51, -0.49)
+    assert "95% interval 0.4752 to 0.5248 over 3 seeds" in leak(suite, -0.5, -0.51, -0.49)
+    assert "is undecided (+0.0333 nats" in leak(suite, 0.5, -0.5, 0.1)
+    assert "over the documents of one seed's rows" in leak(suite, 0.5)
