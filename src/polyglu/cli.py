@@ -16,6 +16,7 @@ STAGES = {
     "train": ("polyglu.training.train", "Pre-train a model."),
     "sft": ("polyglu.sft.sft", "Fine-tune a model on conversations."),
     "eval": ("polyglu.evaluation.run_eval", "Evaluate a checkpoint with lm-evaluation-harness."),
+    "compare-evals": ("polyglu.eval_comparison", "Compare two evaluations, with standard errors."),
     "compare": ("polyglu.compare.run", "Train variants under one budget and say which is better."),
     "analyze": ("polyglu.interpretability.run_analysis", "Draw which activations a checkpoint's neurons choose."),
     "ablate": ("polyglu.interpretability.run_ablation", "Measure what a trained model loses without its routing."),

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src/polyglu"
-COMMON = {"errors", "files", "config_file", "logs", "__init__"}
+COMMON = {"errors", "files", "config_file", "logs", "estimates", "__init__"}
 MAY_IMPORT = {
     "model": set(),
     "data": set(),
@@ -26,6 +26,8 @@ MAY_IMPORT = {
     "interpretability": {"model", "data", "inference", "page"},
     "report": {"interpretability", "page"},
     "data_figure": {"interpretability"},
+    "eval_comparison_figure": {"interpretability"},
+    "eval_comparison": {"evaluation", "eval_comparison_figure", "interpretability"},
     "data_page": {"data", "data_figure", "interpretability", "page"},
     "data_report": {"data", "data_page", "page"},
     "compare": {"model", "data", "training", "interpretability", "page"},
@@ -36,6 +38,7 @@ MAY_IMPORT = {
         "training",
         "sft",
         "evaluation",
+        "eval_comparison",
         "interpretability",
         "generate",
         "chat",

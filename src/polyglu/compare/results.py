@@ -11,17 +11,9 @@ import numpy as np
 import torch
 
 from polyglu.compare.heldout import Losses, sees_ahead
-from polyglu.compare.statistics import (
-    LEVEL,
-    Difference,
-    Estimate,
-    corrected,
-    estimate,
-    paired_difference,
-    ratio_estimate,
-    verdict,
-)
+from polyglu.compare.statistics import Difference, corrected, paired_difference, verdict
 from polyglu.compare.suite import Suite
+from polyglu.estimates import LEVEL, Estimate, estimate, ratio_estimate
 from polyglu.training.estimate import count_parameters
 
 CPU_INFO = Path("/proc/cpuinfo")

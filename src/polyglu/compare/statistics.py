@@ -4,28 +4,15 @@ The spread over seeds is that of initialisation, data order and noise together. 
 the same data order, so their difference is taken seed by seed (paired): what the seed does to both cancels.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-from scipy.special import stdtr, stdtrit
+from scipy.special import stdtr
 
-LEVEL = 0.95
-"""Of all intervals; comparisons are significant at 1 - LEVEL."""
+from polyglu.estimates import LEVEL, Estimate, estimate
+
 Outcome = Literal["lower", "higher", "undecided", "untested"]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its t interval; without an interval if it is of one value."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    n: int
-    """Values."""
 
 
 @dataclass(frozen=True)
@@ -48,21 +35,6 @@ class Difference:
         return "lower" if self.estimate.mean < 0 else "higher"
 
 
-def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and two-sided t interval: mean +- t(n - 1) * s / sqrt(n), s the sample's standard deviation (Student 1908).
-
-    Raises:
-        ValueError: no values.
-    """
-    if not values:
-        raise ValueError("a mean of nothing")
-    n, mean = len(values), math.fsum(values) / len(values)
-    if n == 1:
-        return Estimate(mean, None, None, 1)
-    half = float(stdtrit(n - 1, (1 + LEVEL) / 2)) * _standard_error(values)
-    return Estimate(mean, mean - half, mean + half, n)
-
-
 def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
     """Difference ``ours - theirs`` over the keys that both have; None if there are none.
 
@@ -75,12 +47,11 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
         return None
     differences = [ours[seed] - theirs[seed] for seed in seeds]
     found = estimate(differences)
-    if found.n == 1:
+    if found.stderr is None:
         return Difference(found, None)
-    error = _standard_error(differences)
-    if error == 0:  # equal to the last bit
+    if found.stderr == 0:  # equal to the last bit
         return Difference(found, 1.0 if found.mean == 0 else 0.0)
-    return Difference(found, float(2 * stdtr(found.n - 1, -abs(found.mean) / error)))
+    return Difference(found, float(2 * stdtr(found.n - 1, -abs(found.mean) / found.stderr)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -100,20 +71,6 @@ def corrected(differences: Mapping[str, Difference]) -> dict[str, Difference]:
     tested = {name: found.p for name, found in differences.items() if found.p is not None}
     adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
     return {name: Difference(found.estimate, found.p, adjusted.get(name)) for name, found in differences.items()}
-
-
-def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
-    """Sum over sum with its interval, over units drawn at random: nats over tokens, over documents, say.
-
-    The linearised variance of a ratio r (Cochran 1977, section 2.11): n / (n - 1) * sum (x - r y)^2 / (sum y)^2.
-    """
-    x, y = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
-    n, ratio = len(x), float(x.sum() / y.sum())
-    if n < 2:
-        return Estimate(ratio, None, None, n)
-    error = math.sqrt(n / (n - 1) * float(((x - ratio * y) ** 2).sum())) / float(y.sum())
-    half = float(stdtrit(n - 1, (1 + LEVEL) / 2)) * error
-    return Estimate(ratio, ratio - half, ratio + half, n)
 
 
 def verdict(differences: Mapping[str, Difference], reference: str, missing: int = 0) -> str:
@@ -154,8 +111,3 @@ def _in_words(name: str, found: Difference) -> str:
 
 def _listed(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    mean = math.fsum(values) / len(values)
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))

@@ -20,7 +20,7 @@ class Document(NamedTuple):
 
     tokens: list[int]
     n_bytes: int | None
-    """Bytes of its UTF-8 text; unknown for token chunks."""
+    """Bytes of its UTF-8 text; of token chunks, after normalisation. None if the tokenizer is not byte-level."""
 
 
 def first_documents(source: Path, tokenizer: Tokenizer, max_tokens: int) -> list[Document]:
@@ -79,13 +79,18 @@ def _documents_of_chunks(source: Path, tokenizer: Tokenizer) -> Iterator[Documen
             f"{source} was tokenised with '{described['name']}', the checkpoint uses '{tokenizer.name}'; "
             "tokenise it again, or give its text as .jsonl."
         )
+    sizes = tokenizer.token_bytes
+
+    def document(tokens: list[int]) -> Document:
+        return Document(tokens, None if sizes is None else sum(sizes[token] for token in tokens))
+
     rest: list[int] = []
     for start in range(0, opened.n_tokens, READ_TOKENS):
         part = opened.read(start, min(start + READ_TOKENS, opened.n_tokens))
         ends = np.flatnonzero(part == opened.eos_id)
         begin = 0
         for end in ends.tolist():
-            yield Document([*rest, *part[begin:end].tolist()], None)
+            yield document([*rest, *part[begin:end].tolist()])
             rest, begin = [], end + 1
         rest += part[begin:].tolist()
-    yield Document(rest, None)
+    yield document(rest)

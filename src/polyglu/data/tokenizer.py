@@ -88,6 +88,22 @@ class Tokenizer:
         return text
 
     @cached_property
+    def token_bytes(self) -> tuple[int, ...] | None:
+        """Bytes that each token stands for, by id; None unless the tokenizer is byte-level.
+
+        Exact for any tokens, also where they begin or end inside a character. A text's bytes are counted after its
+        normalisation (NFC).
+        """
+        if not isinstance(self._with_special.decoder, decoders.ByteLevel):
+            return None
+        sizes = [0] * self.vocab_size
+        for token, index in self._with_special.get_vocab(with_added_tokens=False).items():
+            sizes[index] = len(token)  # the byte-level alphabet spells each byte as one character
+        for index, added in self._with_special.get_added_tokens_decoder().items():
+            sizes[index] = len(added.content.encode())
+        return tuple(sizes)
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the vocabulary and the ids of a probe text: equal for equal tokenizers, from anywhere."""
         vocabulary = sorted(self._with_special.get_vocab(with_added_tokens=True).items())

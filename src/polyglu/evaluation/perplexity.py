@@ -2,16 +2,24 @@
 
 Each document is scored by itself after an end-of-document token, in windows of the model's ``seq_length`` where it is
 longer; the end-of-document token that follows it is not counted.
+
+Documents are what is drawn from a source, so the intervals are over documents: the tokens of one document are much
+alike, and an interval over tokens would be far too narrow.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
-from polyglu.data.held_out import first_documents
+from polyglu.data.held_out import Document, first_documents
 from polyglu.data.tokenizer import Tokenizer
+from polyglu.estimates import Estimate, ratio_estimate
 from polyglu.evaluation.answers import Answers, Asker
 from polyglu.evaluation.scoring import rolling_requests, score
 from polyglu.model.architecture import PolychromaticLM
+
+MAX_EXPONENT = 700.0
+"""Little under the largest that a float's exponential holds."""
 
 
 def perplexity(
@@ -36,7 +44,10 @@ def perplexity(
         answers: where the windows' log-likelihoods are taken from and kept.
 
     Returns:
-        ``perplexity``, ``nats_per_token``, ``tokens``, ``documents``, and for texts ``bits_per_byte``.
+        ``tokens``, ``documents``; ``nats_per_token`` and ``perplexity``, its exponential; ``bytes`` and
+        ``bits_per_byte``, if bytes are known. Each of the three with ``_low`` and ``_high``, the 95% confidence
+        interval over documents (``ratio_estimate``), and the two that are ratios with ``_stderr``; a single document
+        gives none.
 
     Raises:
         PolygluError: no such source, not of its format, of another tokenizer, or without text.
@@ -51,12 +62,23 @@ def perplexity(
         for window in rolling_requests(document.tokens, tokenizer.eos_id, longest, Asker(what, doc=number))
     ]
     scores = score(model, requests, tau, description=what, max_rows=batch_size, answers=answers)
-    nats = -math.fsum(found.log_likelihood for found in scores)
-    result = {
-        "perplexity": math.exp(min(nats / tokens, 700.0)),  # the largest exponent a float holds
-        "nats_per_token": nats / tokens,
-        "tokens": tokens,
-        "documents": len(documents),
-    }
+    nats = [0.0] * len(documents)
+    for request, found in zip(requests, scores, strict=True):
+        nats[request.asker.doc or 0] -= found.log_likelihood
+    return _summary(documents, nats)
+
+
+def _summary(documents: Sequence[Document], nats: Sequence[float]) -> dict[str, float | int]:
+    """Numbers of a source from its documents and the negative log-likelihood of each."""
+    lengths = [len(document.tokens) for document in documents]
+    per_token = ratio_estimate(nats, lengths)
+    result: dict[str, float | int] = {"tokens": sum(lengths), "documents": len(documents)}
+    result |= _named("nats_per_token", per_token)
+    for end, value in (("", per_token.mean), ("_low", per_token.low), ("_high", per_token.high)):
+        if value is not None:
+            result[f"perplexity{end}"] = math.exp(min(value, MAX_EXPONENT))
     sizes = [document.n_bytes for document in documents if document.n_bytes is not None]
-    return result | ({"bits_per_byte": nats / math.log(2) / sum(sizes)} if sizes else {})
+
+
+MAX_EXPONENT = 700.0
+"""Little under the largest that a float's exponential holds."""

@@ -24,13 +24,14 @@ import torch
 import typer
 from lm_eval.evaluator import evaluate
 from rich.console import Console
-from rich.table import Table
 
 from polyglu.errors import PolygluError, run_command
 from polyglu.evaluation.answers import Answers, KeptAnswers, answers_file, identity, stoppable
 from polyglu.evaluation.model_wrapper import HarnessModel
 from polyglu.evaluation.perplexity import perplexity
 from polyglu.evaluation.samples import plain, readable, samples_folder, write_samples
+from polyglu.evaluation.suites import beside_published, suite_tasks
+from polyglu.evaluation.tables import published_table, results_table
 from polyglu.evaluation.task_loading import load_tasks
 from polyglu.files import check_writable, write_json
 from polyglu.inference import Inference, open_for_inference
@@ -58,6 +59,8 @@ class EvalSettings:
     checkpoint: Path
     tasks: Sequence[str] = ()
     """Names of harness tasks, groups or tags."""
+    suite: str | None = None
+    """Name of several tasks (``polyglu.evaluation.suites``), evaluated before the others."""
     perplexity: Mapping[str, Path] = field(default_factory=dict)
     """Source name -> ``.jsonl`` file of texts or folder of token chunks."""
     limit: int | None = None
@@ -75,7 +78,7 @@ class EvalSettings:
     include_path: Path | None = None
     """Folder with further task files."""
     data_dir: Path | None = None
-    """Folder with the data files of the shipped tasks (``demo_arithmetic``, ``demo_arithmetic_chat``)."""
+    """Folder with the tasks' data files (docs/tasks.md); absent: the harness's own tasks take theirs from the hub."""
     apply_chat_template: bool = False
     """Prompts become conversations, for a fine-tuned checkpoint."""
     system_instruction: str | None = None
@@ -95,23 +98,27 @@ def evaluate_checkpoint(settings: EvalSettings, output: Path | None = None, fres
 
     Returns:
         Plain values, ready for JSON: ``settings``, ``versions``, ``checkpoint``, ``routing_scope``, ``results`` (per
-        task or group: metrics with standard errors, ``n_samples``, ``num_fewshot``, and ``n_cut`` if prompts were
-        cut), ``samples`` (the first of each task, as ``readable`` gives them), ``perplexity`` (per source),
-        ``seconds``, ``finished_at``.
+        task or group: metrics with standard errors, ``n_samples``, ``num_fewshot``, ``version``,
+        ``higher_is_better`` of each metric, ``tasks`` of a group, and ``n_cut`` if prompts were cut), ``samples`` (the
+        first of each task, as ``readable`` gives them), ``perplexity`` (per source), ``published`` (scores beside,
+        for the suite ``paper``), ``seconds``, ``finished_at``.
 
     Raises:
         PolygluError: nothing to evaluate, bad checkpoint or tokenizer, unknown task, data out of reach, or another
             process evaluates into ``output``.
     """
-    if not settings.tasks and not settings.perplexity:
-        raise PolygluError("nothing to evaluate: name tasks with --tasks or sources with --perplexity NAME=PATH.")
+    names = [*suite_tasks(settings.suite), *settings.tasks]
+    if not names and not settings.perplexity:
+        raise PolygluError(
+            "nothing to evaluate: name tasks with --tasks or --suite, or sources with --perplexity NAME=PATH."
+        )
     started = time.monotonic()
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     opened = open_for_inference(settings.checkpoint, settings.tokenizer, device)
     with tempfile.TemporaryDirectory(prefix="polyglu-tasks-") as scratch:
         # Tasks and sources are looked at first, the long work comes last.
         tasks = load_tasks(
-            settings.tasks,
+            names,
             Path(scratch),
             include_path=settings.include_path,
             data_dir=settings.data_dir,
@@ -126,7 +133,7 @@ def evaluate_checkpoint(settings: EvalSettings, output: Path | None = None, fres
             perplexities = {
                 name: _perplexity(path, opened, settings, answers) for name, path in settings.perplexity.items()
             }
-            results, samples = _run_tasks(tasks, opened, settings, answers) if settings.tasks else ({}, {})
+            results, samples = _run_tasks(tasks, opened, settings, answers) if names else ({}, {})
             evaluated = {
                 **_described(settings, opened, device),
                 "results": results,
@@ -134,6 +141,7 @@ def evaluate_checkpoint(settings: EvalSettings, output: Path | None = None, fres
                     task: [readable(sample) for sample in logged[:KEPT_SAMPLES]] for task, logged in samples.items()
                 },
                 "perplexity": perplexities,
+                **_published(settings, results, perplexities),
                 "seconds": round(time.monotonic() - started, 2),
                 "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
             }
@@ -156,6 +164,14 @@ def _described(settings: EvalSettings, opened: Inference, device: str) -> dict[s
         },
         "routing_scope": {"scope": opened.routing_scope, "note": SCOPE_NOTES[opened.routing_scope]},
     }
+
+
+def _published(
+    settings: EvalSettings, results: Mapping[str, Any], perplexities: Mapping[str, Any]
+) -> dict[str, list[dict[str, Any]]]:
+    if settings.suite != "paper":
+        return {}
+    return {"published": beside_published(results, perplexities)}
 
 
 def _perplexity(path: Path, opened: Inference, settings: EvalSettings, answers: Answers) -> dict[str, float | int]:
@@ -197,6 +213,8 @@ def _run_tasks(
         name: _metrics(values)
         | ({"n_samples": found["n-samples"][name]["effective"]} if name in found["n-samples"] else {})
         | ({"num_fewshot": found["n-shot"][name]} if name in found["n-shot"] else {})
+        | {"version": str(found["versions"].get(name)), "higher_is_better": found["higher_is_better"].get(name, {})}
+        | ({"tasks": members} if (members := tasks["group_map"].get(name)) else {})
         | ({"n_cut": model.cut[name]} if name in model.cut else {})
         for name, values in {**found["results"], **found.get("groups", {})}.items()
     }
@@ -206,25 +224,6 @@ def _run_tasks(
 def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a task, under the harness's keys (``exact_match,strict-match``, ``exact_match_stderr,...``)."""
     return {key: float(value) for key, value in values.items() if "," in key and isinstance(value, int | float)}
-
-
-def results_table(results: Mapping[str, Any]) -> Table:
-    """Metrics and perplexities as a table."""
-    table = Table(title=f"{results['checkpoint']['path']}, step {results['checkpoint']['step']}")
-    table.add_column("task")
-    table.add_column("metric")
-    for column in ("value", "± stderr", "n"):
-        table.add_column(column, justify="right")
-    for task, values in results["results"].items():
-        for key, value in values.items():
-            metric, _, filter_name = key.partition(",")
-            if filter_name and not metric.endswith("_stderr"):
-                error = values.get(f"{metric}_stderr,{filter_name}")
-                shown = "" if error is None else f"{error:.4f}"
-                table.add_row(task, key, f"{value:.4f}", shown, str(values.get("n_samples", "")))
-    for source, values in results["perplexity"].items():
-        table.add_row(source, "perplexity", f"{values['perplexity']:.4f}", "", f"{values['tokens']:,} tokens")
-    return table
 
 
 def _sources(pairs: Sequence[str]) -> dict[str, Path]:
@@ -249,6 +248,7 @@ def main(
     checkpoint: Annotated[Path, typer.Option(help="Portable .pt file, or safetensors folder.")],
     output: Annotated[Path, typer.Option(help="Results file (JSON).")],
     tasks: Annotated[list[str] | None, typer.Option(metavar="TASK ...", help="Tasks, groups or tags.")] = None,
+    suite: Annotated[str | None, typer.Option(help="Several tasks by one name: paper.")] = None,
     perplexity: Annotated[
         list[str] | None, typer.Option(metavar="NAME=PATH ...", help="Held-out .jsonl file or folder of token chunks.")
     ] = None,
@@ -262,7 +262,9 @@ def main(
     tokenizer: Annotated[str | None, typer.Option(help="Name or path; default: the checkpoint's own.")] = None,
     device: Annotated[str | None, typer.Option(help="Torch device; default: CUDA if there is one.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with further task files.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder with the shipped tasks' data files.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder with the tasks' data files, in place of the hub.")
+    ] = None,
     apply_chat_template: Annotated[
         bool, typer.Option("--apply-chat-template", help="Prompts become conversations (fine-tuned checkpoints).")
     ] = False,
@@ -277,6 +279,7 @@ def main(
     settings = EvalSettings(
         checkpoint=checkpoint,
         tasks=[*(tasks or []), *(name for name in further if "=" not in name)],
+        suite=suite,
         perplexity=_sources([*(perplexity or []), *(pair for pair in further if "=" in pair)]),
         limit=limit,
         num_fewshot=num_fewshot,
@@ -297,6 +300,8 @@ def main(
         results = evaluate_checkpoint(settings, output, fresh)
     console = Console(stderr=True)
     console.print(results_table(results))
+    if "published" in results:
+        console.print(published_table(results["published"]))
     console.print(f"{results['routing_scope']['scope']} scope: {results['routing_scope']['note']}")
     console.print(f"results: {output}; samples: {samples_folder(output)}")
 

@@ -10,11 +10,11 @@ from models import SHAPE, sharp_model
 from support import EOS, random_documents, write_token_source
 
 from polyglu.compare.heldout import check_heldout, document_losses, last_rows, measure, sees_ahead, validation_rows
-from polyglu.compare.statistics import ratio_estimate
 from polyglu.config_file import validate
 from polyglu.data.chunks import TokenSource, open_source
 from polyglu.data.dataloader import IGNORED, MicroBatch, pack_windows
 from polyglu.errors import PolygluError
+from polyglu.estimates import ratio_estimate
 from polyglu.model.config import ModelConfig, RoutingScope, TrainConfig
 from polyglu.model.model import create_model, save_portable
 from polyglu.training.loss import LanguageModelLoss

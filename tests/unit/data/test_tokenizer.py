@@ -1,4 +1,5 @@
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,18 @@ def test_unknown_tokenizers_are_refused_in_one_sentence(tmp_path: Path, monkeypa
 def test_is_text() -> None:
     assert is_text("é🙂") and is_text("")
     assert not is_text("\ud800") and not is_text(None) and not is_text(3)
+
+
+@given(st.text(max_size=40))
+def test_bytes_of_tokens_are_exact_also_inside_a_character(bpe: Tokenizer, text: str) -> None:
+    ids = bpe.encode(text)
+    sizes = bpe.token_bytes
+    assert sizes is not None
+    assert sum(sizes[token] for token in ids) == len(unicodedata.normalize("NFC", text).encode())
+
+
+def test_bytes_of_tokens_of_a_large_vocabulary(qwen3: Tokenizer) -> None:
+    sizes = qwen3.token_bytes
+    assert sizes is not None and len(sizes) == qwen3.vocab_size and min(sizes) == 1
+    assert sum(sizes[token] for token in qwen3.encode("née 日本語 🙂 123")) == len("née 日本語 🙂 123".encode())
+    assert sizes[qwen3.eos_id] == len("<|endoftext|>")

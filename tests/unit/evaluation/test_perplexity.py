@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from support import write_token_source
 
 from polyglu.errors import PolygluError
+from polyglu.estimates import ratio_estimate
 from polyglu.evaluation.perplexity import perplexity
 from polyglu.inference import Inference
 
@@ -44,14 +45,27 @@ def test_chunks_give_what_their_texts_give(
     opened: Inference, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("polyglu.data.held_out.READ_TOKENS", 10)  # documents span several reads
-    texts = [*run.texts, "Question: 1 + 1 =\n" * 30]
+    texts = [*run.texts, "Question: 1 + 1 =\n" * 30, "日本 née"]
     ids = [token for text in texts for token in (*opened.tokenizer.encode(text), opened.tokenizer.eos_id)]
     folder = write_token_source(
         tmp_path / "chunks", ids, vocab_size=300, chunk_tokens=37, fingerprint=opened.tokenizer.fingerprint
     )
     expected = measure(opened, write_texts(tmp_path / "texts.jsonl", texts))
-    del expected["bits_per_byte"]
     assert measure(opened, folder) == pytest.approx(expected)
+
+
+def test_intervals_are_over_documents(opened: Inference, run: Any, tmp_path: Path) -> None:
+    texts = [*run.texts, "Answer: 日本\n" * 3]
+    each = [measure(opened, write_texts(tmp_path / f"{index}.jsonl", [text])) for index, text in enumerate(texts)]
+    assert not [key for key in each[0] if key.endswith(("_low", "_high", "_stderr"))]
+    found = measure(opened, write_texts(tmp_path / "all.jsonl", texts))
+    for ratio, unit, scale in (("nats_per_token", "tokens", 1.0), ("bits_per_byte", "bytes", math.log(2))):
+        nats = [one["nats_per_token"] * one["tokens"] / scale for one in each]
+        expected = ratio_estimate(nats, [one[unit] for one in each])
+        assert found[ratio] == pytest.approx(expected.value, rel=1e-5)
+        assert found[f"{ratio}_low"] == pytest.approx(expected.low, rel=1e-4)
+        assert found[f"{ratio}_stderr"] == pytest.approx(expected.stderr, rel=1e-4)
+    assert found["perplexity_high"] == pytest.approx(math.exp(found["nats_per_token_high"]))
 
 
 def test_reads_whole_documents_until_it_has_enough(opened: Inference, run: Any, tmp_path: Path) -> None:

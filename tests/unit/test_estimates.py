@@ -1,0 +1,43 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polyglu.estimates import Estimate, estimate, ratio_estimate
+
+PAIRS = st.lists(st.tuples(st.floats(-100, 100), st.floats(1, 50)), min_size=2, max_size=20)
+
+
+@pytest.mark.parametrize(("n", "least"), [(8, 0.86), (60, 0.93)])
+def test_the_interval_covers_the_known_ratio(n: int, least: float) -> None:
+    """Documents of very unequal length, each with nats per token of its own, around a known ratio of 2.5."""
+    rng = np.random.default_rng(0)
+    repeats = 1500
+    lengths = 1 + rng.geometric(1 / 80, (repeats, n))
+    nats = lengths * rng.gamma(25, 0.1, (repeats, n))
+    found = [ratio_estimate(*pair) for pair in zip(nats, lengths, strict=True)]
+    covered = np.mean([one.low <= 2.5 <= one.high for one in found])  # type: ignore[operator]
+    assert least < covered < 0.975
+    spread = np.std([one.mean for one in found])
+    assert np.mean([one.stderr for one in found]) == pytest.approx(spread, rel=0.15 if n > 8 else 0.3)
+
+
+@given(PAIRS, st.floats(0.1, 10), st.floats(0.1, 10))
+def test_units_of_measurement_do_not_matter(pairs: list[tuple[float, float]], up: float, down: float) -> None:
+    x, y = zip(*pairs, strict=True)
+    plain = ratio_estimate(x, y)
+    scaled = ratio_estimate([up * value for value in x], [down * value for value in y])
+    assert plain.stderr is not None and plain.low is not None and plain.high is not None
+    assert plain.low <= plain.mean <= plain.high
+    assert scaled.mean == pytest.approx(plain.mean * up / down, abs=1e-6)
+    assert scaled.stderr == pytest.approx(plain.stderr * up / down, abs=1e-6)
+
+
+def test_a_mean_is_student_s() -> None:
+    found = estimate([1.0, 2.0, 3.0, 6.0])
+    error = math.sqrt(14 / 3 / 4)
+    assert found.mean == 3.0 and found.stderr == pytest.approx(error)
+    assert found.high == pytest.approx(3 + 3.1824463 * error)  # t of 3 degrees of freedom, from tables
+    assert ratio_estimate([4.0], [2.0]) == Estimate(2.0, None, None, 1)
