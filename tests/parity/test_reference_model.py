@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from polyglu.model.architecture import PolychromaticLM, RotaryEmbedding, rotate
+from polyglu.model.architecture import PolychromaticLM, RotaryEmbedding
 from polyglu.model.config import ModelConfig
 from polyglu.model.feed_forward import PolyGLU
+from polyglu.model.layers import rotate
 from polyglu.model.model import create_model, load_checkpoint, published_name, read_checkpoint, save_safetensors
 from polyglu.model.routing import dynamic_entropy, static_entropy
 

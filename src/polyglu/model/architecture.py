@@ -15,32 +15,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from polyglu.model.config import ModelConfig, Recompute
-from polyglu.model.feed_forward import GLU, PolyGLU
+from polyglu.model.feed_forward import PolyGLU
 from polyglu.model.flash_attention import attention
+from polyglu.model.layers import GLU, AttentionHeads, RMSNorm, rotary_tables
 from polyglu.model.packing import Packing
 
 DYNAMIC = "L['packing'].cu_seqlens,L['packing'].max_length"
 """Arguments of ``Block.forward`` whose sizes differ from batch to batch: one compiled block serves them all."""
-ROPE_BASE = 10000.0
 Output = TypeVar("Output")
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32.
-
-    Under autocast the result has its dtype: it goes into matrix products, each of which would convert it by itself.
-    """
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``[..., width]``; the shape is kept, and without autocast the dtype."""
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(dtype)
 
 
 class RotaryEmbedding(nn.Module):
@@ -51,42 +33,21 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_dim: int, seq_length: int) -> None:
         super().__init__()
-        frequencies = ROPE_BASE ** (-torch.arange(0, head_dim, 2).float() / head_dim)
-        angles = torch.arange(seq_length).float()[:, None] * frequencies  # [seq_length, d/2]
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        cos, sin = rotary_tables(torch.arange(seq_length), head_dim)  # [seq_length, d/2]
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[..., 1, d/2]`` of positions ``[...]``."""
         return self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary position embedding to ``[B, T, heads, d]`` in fp32; shape and dtype are kept."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-
-class GroupedQueryAttention(nn.Module):
+class GroupedQueryAttention(AttentionHeads):
     """Causal attention with grouped heads and QK-norm; documents never see each other."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.head_dim, self.use_flash = config.head_dim, config.use_flash_attn
-        queries, keys = config.n_q_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.d_model, queries, bias=False)
-        self.k_proj = nn.Linear(config.d_model, keys, bias=False)
-        self.v_proj = nn.Linear(config.d_model, keys, bias=False)
-        self.o_proj = nn.Linear(queries, config.d_model, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.eps)
-        self.k_norm = RMSNorm(config.head_dim, config.eps)
-
-    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """``[B, T, D]`` -> queries ``[B, T, H, d]``, keys and values ``[B, T, G, d]``, as attention takes them."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).view(heads)), *rope)
-        k = rotate(self.k_norm(self.k_proj(x).view(heads)), *rope)
-        return q, k, self.v_proj(x).view(heads)
+        super().__init__(config.d_model, config.n_q_heads, config.n_kv_heads, config.head_dim, config.eps)
+        self.use_flash = config.use_flash_attn
 
     def forward(self, x: Tensor, packing: Packing, rope: tuple[Tensor, Tensor]) -> Tensor:
         """``[B, T, D]`` -> ``[B, T, D]``."""

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polyglu.model.architecture import Block, PolychromaticLM
-from polyglu.model.feed_forward import GLU, ROUTER_WIDTH, PolyGLU
+from polyglu.model.feed_forward import PolyGLU
 from polyglu.model.flash_attention import attention
+from polyglu.model.layers import GLU, ROUTER_WIDTH
 from polyglu.model.packing import Packing, pack_rows
 from polyglu.model.routing import RoutingState
 

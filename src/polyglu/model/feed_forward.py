@@ -1,47 +1,15 @@
-"""Feed-forward layers: the routed one, and gated linear units with one activation. Shapes as in ``architecture``."""
+"""The routed feed-forward layer over packed documents. Shapes as in ``architecture``."""
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from polyglu.model.activations import ACTIVATIONS
 from polyglu.model.config import KernelName, RoutingScope
+from polyglu.model.layers import RoutedGLU
 from polyglu.model.packing import Packing
 from polyglu.model.routing import RoutingState, gated_mixture, pool, projected_mixture
 
-ROUTER_WIDTH = 32
-SINGLE_ACTIVATION = {"reglu": 0, "tanhglu": 1, "swiglu": 2, "geglu": 3}
-"""Name of a gated linear unit -> index of its activation in ``ACTIVATIONS``."""
 
-
-class Router(nn.Module):
-    """f of the paper: mean of the input over the routing scope -> Linear(D, R) -> ReLU -> Linear(R, K).
-
-    The mean is taken after the first product, which is linear: a causal run keeps ``[T, R]`` sums, not ``[T, D]``.
-    """
-
-    def __init__(self, d_model: int, n_activations: int) -> None:
-        super().__init__()
-        self.hidden = nn.Linear(d_model, ROUTER_WIDTH)
-        self.out = nn.Linear(ROUTER_WIDTH, n_activations)
-
-    def forward(self, x: Tensor, scope: RoutingScope, packing: Packing) -> Tensor:
-        """``[B, T, D]`` -> fp32 ``[B, S, K]``."""
-        projected = self.project(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return self.logits(pool(projected, scope, packing))
-
-    def project(self, x: Tensor) -> Tensor:
-        """What the mean is taken of: ``[..., D]`` -> fp32 ``[..., R]``."""
-        return F.linear(x, self.hidden.weight).float()
-
-    def logits(self, mean: Tensor) -> Tensor:
-        """Of a mean, outside autocast: fp32 ``[..., R]`` -> ``[..., K]``."""
-        logits: Tensor = self.out(F.relu(mean + self.hidden.bias))
-        return logits
-
-
-class PolyGLU(nn.Module):
+class PolyGLU(RoutedGLU):
     """Gated linear unit whose neurons choose among K activations (paper, section 3).
 
         gate, up    = x W_gate, x W_up
@@ -67,14 +35,8 @@ class PolyGLU(nn.Module):
         routing_scope: RoutingScope = "causal",
         kernels: KernelName = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(d_model, d_ff, n_activations)
         self.routing_scope, self.kernels = routing_scope, kernels
-        self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
-        self.alpha = nn.Parameter(torch.zeros(d_ff, n_activations))
-        self.beta = nn.Parameter(torch.ones(n_activations))
-        self.router = Router(d_model, n_activations)
 
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, tau: float | Tensor = 1.0, gumbel: Tensor | None = None
@@ -95,8 +57,10 @@ class PolyGLU(nn.Module):
 
     def token_logits(self, x: Tensor, packing: Packing) -> Tensor:
         """Part of the routing logits that all neurons share, ``beta * f(h_bar)``: fp32 ``[B, S, K]``."""
-        logits: Tensor = self.router(x, self.routing_scope, packing)
-        return self.beta.float() * logits
+        projected = self.router.project(x)
+        with torch.autocast(x.device.type, enabled=False):
+            mean = pool(projected, self.routing_scope, packing)
+        return self.logits_of(mean)
 
     def combine(
         self,
@@ -132,22 +96,6 @@ class PolyGLU(nn.Module):
 
     def routed_by(self, x: Tensor, state: RoutingState, tau: float | Tensor) -> Tensor:
         """``[B, 1, D]`` -> ``[B, 1, D]`` with the routing mean of a state."""
-        with torch.autocast(x.device.type, enabled=False):
-            token_logits = self.beta.float() * self.router.logits(state.mean)[None]  # [1, B, K]
+        token_logits = self.logits_of(state.mean)[None]  # [1, B, K]
         # Rows stand side by side like positions: the neurons' part of the softmax is made once for all.
         return self.combine(x.transpose(0, 1), token_logits, tau, None).transpose(0, 1)
-
-
-class GLU(nn.Module):
-    """Gated linear unit with one activation for all neurons: SwiGLU, GEGLU, ReGLU (Shazeer 2020) and tanh-GLU."""
-
-    def __init__(self, d_model: int, d_ff: int, kind: str = "swiglu") -> None:
-        super().__init__()
-        self.activation = ACTIVATIONS[SINGLE_ACTIVATION[kind]].function
-        self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, T, D]`` -> ``[B, T, D]``."""
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
