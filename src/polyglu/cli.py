@@ -18,6 +18,8 @@ STAGES = {
     "eval": ("polyglu.evaluation.run_eval", "Evaluate a checkpoint with lm-evaluation-harness."),
     "analyze": ("polyglu.interpretability.run_analysis", "Draw which activations a checkpoint's neurons choose."),
     "generate": ("polyglu.generate", "Continue a prompt."),
+    "export": ("polyglu.export.export_folder", "Write a checkpoint as a folder that transformers loads."),
+    "import": ("polyglu.export.import_folder", "Turn such a folder, or a published checkpoint, into a portable file."),
 }
 """Verb -> (module that has its ``main``, help)."""
 

@@ -15,7 +15,7 @@ from polyglu.model.generation import Routing, generate
 
 
 def main(
-    checkpoint: Annotated[Path, typer.Option(help="Portable .pt file, or safetensors folder.")],
+    checkpoint: Annotated[Path, typer.Option(help="Portable .pt file, or exported folder.")],
     prompt: Annotated[str, typer.Option(help="Text to continue, or the user's message with --chat.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,

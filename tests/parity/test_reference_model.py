@@ -12,7 +12,7 @@ from polyglu.model.architecture import PolychromaticLM, RotaryEmbedding
 from polyglu.model.config import ModelConfig
 from polyglu.model.feed_forward import PolyGLU
 from polyglu.model.layers import rotate
-from polyglu.model.model import create_model, load_checkpoint, published_name, read_checkpoint, save_safetensors
+from polyglu.model.model import create_model, load_checkpoint, published_name, read_checkpoint
 from polyglu.model.routing import dynamic_entropy, static_entropy
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/reference_model"
@@ -53,7 +53,7 @@ def test_published_layout_is_read(file: str, model: PolychromaticLM) -> None:
 
 
 def test_own_safetensors_folder_round_trip(model: PolychromaticLM, tmp_path: Path) -> None:
-    save_safetensors(tmp_path, read_checkpoint(FIXTURE / "portable.pt"))
+    write_folder(tmp_path, read_checkpoint(FIXTURE / "portable.pt"))
     loaded, step, tau = load_checkpoint(tmp_path)
     assert (step, tau) == (1234, 0.5)
     assert torch.equal(loaded(TENSORS["input_ids"]), model(TENSORS["input_ids"]))

@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "data": set(),
     "inference": {"model", "data"},
     "generate": {"model", "data", "inference"},
+    "export": {"model", "data", "inference"},
     "training": {"model", "data"},
     "sft": {"model", "data", "training"},
     "evaluation": {"model", "data", "inference"},
@@ -23,11 +24,12 @@ MAY_IMPORT = {
     "report": {"interpretability"},
     "data_figure": {"interpretability"},
     "data_report": {"data", "data_figure", "interpretability"},
-    "cli": {"demo", "data", "data_report", "training", "sft", "evaluation", "interpretability", "generate"},
+    "cli": {"demo", "data", "data_report", "training", "sft", "evaluation", "interpretability", "generate", "export"},
     "demo": {"data", "training", "sft", "evaluation", "interpretability", "report"},
 }
 """Part of the package -> other parts it may import."""
-ONE_HOME = {
+ONE_HOME: dict[str, str | tuple[str, ...]] = {
+    "transformers": ("export/", "data/tokenizer.py"),
     "deepspeed": "training/",
     "flash_attn": "model/flash_attention.py",
     "triton": "model/kernels/triton_",
@@ -104,7 +106,7 @@ else:
     subprocess.run([sys.executable, "-W", "error::ImportWarning", "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("verb", ["demo", "data", "train", "sft", "eval", "analyze", "generate"])
+@pytest.mark.parametrize("verb", ["demo", "data", "train", "sft", "eval", "analyze", "generate", "export", "import"])
 def test_help_offers_the_stages(verb: str) -> None:
     from typer.testing import CliRunner
 

@@ -208,7 +208,7 @@ def _sources(pairs: Sequence[str]) -> dict[str, Path]:
 
 
 def main(
-    checkpoint: Annotated[Path, typer.Option(help="Portable .pt file, or safetensors folder.")],
+    checkpoint: Annotated[Path, typer.Option(help="Portable .pt file, or exported folder.")],
     output: Annotated[Path, typer.Option(help="Results file (JSON).")],
     tasks: Annotated[list[str] | None, typer.Option(metavar="TASK ...", help="Tasks, groups or tags.")] = None,
     perplexity: Annotated[

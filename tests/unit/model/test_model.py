@@ -14,14 +14,13 @@ from polyglu.files import sha256
 from polyglu.model import model as model_module
 from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.config import ModelConfig
+from polyglu.model.folder import weights_digest
 from polyglu.model.model import (
     create_model,
     load_checkpoint,
     published_name,
     read_checkpoint,
     save_portable,
-    save_safetensors,
-    weights_digest,
 )
 
 SMALL = ModelConfig(
@@ -83,7 +82,7 @@ def test_portable_round_trip(tmp_path: Path, changes: dict[str, Any]) -> None:
 def test_who_computes_is_not_part_of_a_checkpoint(tmp_path: Path) -> None:
     """A model trained on a GPU with its kernels is opened on a machine without."""
     save(tmp_path / "portable.pt", create_model(SMALL.model_copy(update={"kernels": "triton"})))
-    save_safetensors(tmp_path / "folder", read_checkpoint(tmp_path / "portable.pt"))
+    write_folder(tmp_path / "folder", read_checkpoint(tmp_path / "portable.pt"))
     for path in (tmp_path / "portable.pt", tmp_path / "folder"):
         assert load_checkpoint(path)[0].config.kernels == "auto"
 
@@ -106,7 +105,7 @@ def test_low_precision_weights_are_kept_in_fp32(tmp_path: Path) -> None:
 
 def test_safetensors_round_trip(portable: Path, tmp_path: Path) -> None:
     folder = tmp_path / "exported"
-    save_safetensors(folder, read_checkpoint(portable))
+    write_folder(folder, read_checkpoint(portable))
     expected = load_checkpoint(portable)
     for path in (folder, folder / "model.safetensors"):
         loaded, step, tau = load_checkpoint(path)
@@ -241,7 +240,7 @@ def test_incomplete_folders_are_refused(portable: Path, tmp_path: Path, fault: s
     if fault == "empty folder":
         folder.mkdir()
     elif fault != "nothing there":
-        save_safetensors(folder, read_checkpoint(portable))
+        write_folder(folder, read_checkpoint(portable))
     if fault == "damaged weights":
         (folder / "model.safetensors").write_bytes(b"short")
     elif fault == "no config":
