@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from models import write_folder
 from safetensors.torch import load_file
 
 from polyglu.model.architecture import PolychromaticLM, RotaryEmbedding

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import write_folder
 
 from polyglu.data.tokenizer import train_bpe
 from polyglu.errors import PolygluError

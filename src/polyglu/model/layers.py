@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
         """Normalise ``[..., width]``; the shape is kept, and without autocast the dtype."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(dtype)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(dtype)
 
 
 def rotary_tables(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
