@@ -1,4 +1,4 @@
-"""Fixtures: exports that several tests look at. transformers keeps copies of a folder's code, here in a folder of the session."""
+"""Fixtures: small exports, made once. transformers copies a folder's code, here to a folder of the session."""
 
 import sys
 from collections.abc import Callable, Iterator

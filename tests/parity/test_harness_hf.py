@@ -10,11 +10,13 @@ import pytest
 import torch
 from exports import TEXTS, Exported
 from lm_eval.evaluator import evaluate
-from lm_eval.models.huggingface import HFLM
 
 from polyglu.evaluation.model_wrapper import HarnessModel
 from polyglu.evaluation.task_loading import load_tasks
 from polyglu.inference import open_for_inference
+
+pytest.importorskip("accelerate", reason="the harness's hf model needs the package accelerate")
+from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 KINDS = {
     "choice": """
