@@ -21,8 +21,9 @@ from torch import Tensor
 from turns import Build, Case, Group, Row, Rows, Stopwatch, compare, measure_groups, peak, ratios, start_seconds
 
 from polyglu.model.config import KernelName, RoutingScope
-from polyglu.model.feed_forward import GLU, PolyGLU
+from polyglu.model.feed_forward import PolyGLU
 from polyglu.model.kernels.mixture import gated_mixture_op
+from polyglu.model.layers import GLU
 from polyglu.model.packing import Packing
 from polyglu.model.routing import gated_mixture, gumbel_noise
 from polyglu.training.devices import compute_dtype

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from polyglu.model.architecture import PolychromaticLM
     from polyglu.model.config import ModelConfig
-    from polyglu.model.feed_forward import GLU, PolyGLU
+    from polyglu.model.feed_forward import PolyGLU
+    from polyglu.model.layers import GLU
     from polyglu.model.model import create_model, load_checkpoint
 
 __version__ = "0.1.0"
 __all__ = ["GLU", "ModelConfig", "PolyGLU", "PolychromaticLM", "create_model", "load_checkpoint"]
 
 _HOME = {
-    "GLU": "feed_forward",
+    "GLU": "layers",
     "ModelConfig": "config",
     "PolyGLU": "feed_forward",
     "PolychromaticLM": "architecture",

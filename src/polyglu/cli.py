@@ -22,6 +22,8 @@ STAGES = {
     "ablate": ("polyglu.interpretability.run_ablation", "Measure what a trained model loses without its routing."),
     "generate": ("polyglu.generate", "Continue prompts."),
     "chat": ("polyglu.chat", "Talk to a fine-tuned checkpoint."),
+    "export": ("polyglu.export.export_folder", "Write a checkpoint as a folder that transformers loads."),
+    "import": ("polyglu.export.import_folder", "Turn such a folder, or a published checkpoint, into a portable file."),
 }
 """Verb -> (module that has its ``main``, help)."""
 

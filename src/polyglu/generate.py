@@ -27,7 +27,7 @@ STDIN = Path("-")
 
 
 def main(
-    checkpoint: Annotated[Path, typer.Option(help="Portable .pt file, or safetensors folder.")],
+    checkpoint: Annotated[Path, typer.Option(help="Portable .pt file, or exported folder.")],
     prompt: Annotated[str | None, typer.Option(help="Text to continue, or the user's message with --chat.")] = None,
     prompt_file: Annotated[
         Path | None,

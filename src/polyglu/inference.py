@@ -10,7 +10,8 @@ from polyglu.data.tokenizer import Tokenizer, load_tokenizer
 from polyglu.errors import PolygluError
 from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.config import ModelConfig, RoutingScope
-from polyglu.model.model import load_checkpoint, read_checkpoint, weights_digest
+from polyglu.model.folder import weights_digest
+from polyglu.model.model import Checkpoint, load_checkpoint, read_checkpoint
 
 PUBLISHED_TOKENIZER = "Qwen/Qwen3-0.6B-Base"
 """Of the published checkpoints, which do not name one."""
@@ -30,7 +31,7 @@ class Inference(NamedTuple):
     tau: float
     """Routing temperature of that step."""
     sha256: str
-    """Of the checkpoint file, or of the folder's ``model.safetensors``."""
+    """Of the checkpoint file, or of the folder's weights."""
     routing_scope: RoutingScope
     """The scope the model was trained with."""
 
@@ -43,11 +44,11 @@ class Inference(NamedTuple):
 def open_for_inference(checkpoint: str | Path, tokenizer: str | None = None, device: str = "cpu") -> Inference:
     """Load a checkpoint and the tokenizer it was trained with.
 
-    Without ``tokenizer``, the checkpoint's own name for it is used: a path relative to the working folder, else the
-    folder ``tokenizer`` next to the checkpoint, else a hub name.
+    Without ``tokenizer``, an exported folder's own is used, else the checkpoint's name for it: a path relative to the
+    working folder, else the folder ``tokenizer`` next to the checkpoint, else a hub name.
 
     Args:
-        checkpoint: portable ``.pt`` file, safetensors folder, or published layout.
+        checkpoint: portable ``.pt`` file, exported folder, or published layout.
         tokenizer: name or path; must be the one the checkpoint was trained with.
         device: where the model goes.
 
@@ -58,25 +59,40 @@ def open_for_inference(checkpoint: str | Path, tokenizer: str | None = None, dev
     checkpoint = Path(checkpoint)
     _check_device(device)
     described = read_checkpoint(checkpoint)
-    config, identity = described.config, described.tokenizer
+    config, opened = described.config, open_tokenizer(checkpoint, described, tokenizer)
     del described  # the weights are read again below, once the scope is known
-    opened = load_tokenizer(tokenizer or _tokenizer_of(checkpoint, config, identity))
-    if identity.get("fingerprint", opened.fingerprint) != opened.fingerprint:
-        raise PolygluError(
-            f"tokenizer '{opened.name}' is not the one {checkpoint} was trained with ('{identity.get('name')}'); "
-            "pass that one with --tokenizer."
-        )
-    if opened.vocab_size > config.vocab_size:
-        raise PolygluError(
-            f"tokenizer '{opened.name}' has {opened.vocab_size} tokens, {checkpoint} only {config.vocab_size}; "
-            "pass the one it was trained with as --tokenizer."
-        )
     scope = config.routing_scope
     if scope == "sequence":
         config = config.model_copy(update={"routing_scope": "document"})
     model, step, tau = load_checkpoint(checkpoint, config, device)
     logger.info("opened %s: step %d, tau %.3f, tokenizer %s", checkpoint, step, tau, opened.name)
     return Inference(model, opened, step, tau, weights_digest(checkpoint), scope)
+
+
+def open_tokenizer(path: Path, checkpoint: Checkpoint, tokenizer: str | None = None) -> Tokenizer:
+    """Load the tokenizer that a checkpoint was trained with; which one: see ``open_for_inference``.
+
+    Args:
+        path: of the checkpoint.
+        checkpoint: what was read there.
+        tokenizer: name or path.
+
+    Raises:
+        PolygluError: none known, another than the checkpoint's, or one with more tokens than the model has.
+    """
+    config, identity = checkpoint.config, checkpoint.tokenizer
+    opened = load_tokenizer(tokenizer or _tokenizer_of(path, config, identity))
+    if identity.get("fingerprint", opened.fingerprint) != opened.fingerprint:
+        raise PolygluError(
+            f"tokenizer '{opened.name}' is not the one {path} was trained with ('{identity.get('name')}'); "
+            "pass that one with --tokenizer."
+        )
+    if opened.vocab_size > config.vocab_size:
+        raise PolygluError(
+            f"tokenizer '{opened.name}' has {opened.vocab_size} tokens, {path} only {config.vocab_size}; "
+            "pass the one it was trained with as --tokenizer."
+        )
+    return opened
 
 
 def _check_device(device: str) -> None:
@@ -87,6 +103,8 @@ def _check_device(device: str) -> None:
 
 
 def _tokenizer_of(checkpoint: Path, config: ModelConfig, identity: dict[str, str]) -> str:
+    if (checkpoint / "tokenizer.json").is_file():  # an exported folder has its own
+        return str(checkpoint)
     name = identity.get("name")
     if name is None:
         if config.vocab_size == ModelConfig().vocab_size:

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from models import write_folder
 from safetensors.torch import load_file
 
-from polyglu.model.architecture import PolychromaticLM, RMSNorm, RotaryEmbedding
+from polyglu.model.architecture import KernelRMSNorm, PolychromaticLM, RotaryEmbedding
 from polyglu.model.config import KernelName, ModelConfig
 from polyglu.model.feed_forward import PolyGLU
-from polyglu.model.model import create_model, load_checkpoint, published_name, read_checkpoint, save_safetensors
+from polyglu.model.model import create_model, load_checkpoint, published_name, read_checkpoint
 from polyglu.model.routing import dynamic_entropy, static_entropy
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/reference_model"
@@ -52,7 +53,7 @@ def test_published_layout_is_read(file: str, model: PolychromaticLM) -> None:
 
 
 def test_own_safetensors_folder_round_trip(model: PolychromaticLM, tmp_path: Path) -> None:
-    save_safetensors(tmp_path, read_checkpoint(FIXTURE / "portable.pt"))
+    write_folder(tmp_path, read_checkpoint(FIXTURE / "portable.pt"))
     loaded, step, tau = load_checkpoint(tmp_path)
     assert (step, tau) == (1234, 0.5)
     assert torch.equal(loaded(TENSORS["input_ids"]), model(TENSORS["input_ids"]))
@@ -90,7 +91,7 @@ def test_rope_tables_stay_fp32_under_autocast() -> None:
 def test_queries_are_normalised_and_rotated_in_fp32(kernels: KernelName) -> None:
     """Of values in bf16 too: only the result is rounded."""
     rope = RotaryEmbedding(64, 4096)(torch.arange(4096))
-    norm, x = RMSNorm(64, 1e-6, kernels), torch.randn(1, 4096, 2, 64).bfloat16()
+    norm, x = KernelRMSNorm(64, 1e-6, kernels), torch.randn(1, 4096, 2, 64).bfloat16()
     exact = norm(x.float(), rope)
     assert exact.dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "routing_view": {"model", "data"},
     "generate": {"model", "data", "inference", "continuation", "routing_view"},
     "chat": {"model", "data", "inference", "continuation", "generate"},
+    "export": {"model", "data", "inference"},
     "training": {"model", "data"},
     "sft": {"model", "data", "training"},
     "evaluation": {"model", "data", "inference"},
@@ -43,11 +44,13 @@ MAY_IMPORT = {
         "generate",
         "chat",
         "compare",
+        "export",
     },
     "demo": {"data", "training", "sft", "evaluation", "interpretability", "report"},
 }
 """Part of the package -> other parts it may import."""
-ONE_HOME = {
+ONE_HOME: dict[str, str | tuple[str, ...]] = {
+    "transformers": ("export/", "data/tokenizer.py"),
     "deepspeed": "training/",
     "flash_attn": "model/flash_attention.py",
     "triton": "model/kernels/triton_",
@@ -126,7 +129,7 @@ else:
     subprocess.run([sys.executable, "-W", "error::ImportWarning", "-c", code], cwd=ROOT, check=True)
 
 
-STAGES = ["demo", "data", "train", "sft", "eval", "compare", "analyze", "ablate", "generate", "chat"]
+STAGES = ["demo", "data", "train", "sft", "eval", "compare", "analyze", "ablate", "generate", "chat", "export", "import"]
 
 
 @pytest.mark.parametrize("verb", STAGES)

@@ -2,13 +2,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import write_folder
 
 from polyglu.data.tokenizer import train_bpe
 from polyglu.errors import PolygluError
 from polyglu.files import sha256
 from polyglu.inference import PUBLISHED_TOKENIZER, open_for_inference
 from polyglu.model.config import ModelConfig
-from polyglu.model.model import create_model, load_checkpoint, read_checkpoint, save_portable, save_safetensors
+from polyglu.model.model import create_model, load_checkpoint, read_checkpoint, save_portable
 
 TEXTS = ["one two three", "three two one", "1 + 2 = 3"]
 
@@ -65,7 +66,7 @@ def test_sequence_scope_is_opened_so_that_inputs_can_be_packed(tmp_path: Path) -
 
 
 def test_a_folder_is_known_by_its_weights(tmp_path: Path) -> None:
-    save_safetensors(tmp_path / "export", read_checkpoint(make_checkpoint(tmp_path)))
+    write_folder(tmp_path / "export", read_checkpoint(make_checkpoint(tmp_path)))
     assert open_for_inference(tmp_path / "export").sha256 == sha256(tmp_path / "export" / "model.safetensors")
 
 

@@ -245,7 +245,7 @@ def _batch_size(given: str) -> int | None:
 
 
 def main(
-    checkpoint: Annotated[Path, typer.Option(help="Portable .pt file, or safetensors folder.")],
+    checkpoint: Annotated[Path, typer.Option(help="Portable .pt file, or exported folder.")],
     output: Annotated[Path, typer.Option(help="Results file (JSON).")],
     tasks: Annotated[list[str] | None, typer.Option(metavar="TASK ...", help="Tasks, groups or tags.")] = None,
     suite: Annotated[str | None, typer.Option(help="Several tasks by one name: paper.")] = None,

@@ -20,7 +20,7 @@ from polyglu.model.architecture import Block, PolychromaticLM
 from polyglu.model.feed_forward import PolyGLU
 from polyglu.model.generation import groups_of_tokens
 from polyglu.model.packing import Packing, pack_rows
-from polyglu.model.routing import mix_activations, routing_weights
+from polyglu.model.layers import mix_activations, routing_weights
 
 BATCH_TOKENS = 2048
 """Of documents that run together."""

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from polyglu.model.architecture import PolychromaticLM
-from polyglu.model.routing import entropy, routing_weights
+from polyglu.model.layers import routing_weights
+from polyglu.model.routing import entropy
 
 POSITIONS = 4
 """Evenly spaced ones of a prompt are looked at, its last token always."""

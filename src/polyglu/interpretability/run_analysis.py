@@ -199,7 +199,7 @@ def draw(analysis: Analysis, description: str) -> dict[str, bytes]:
 
 
 def main(
-    checkpoint: Annotated[Path, typer.Option(help="Portable .pt file, safetensors folder or published layout.")],
+    checkpoint: Annotated[Path, typer.Option(help="Portable .pt file, exported folder or published layout.")],
     output: Annotated[Path, typer.Option(help="Folder for figures, numbers and analysis.html.")],
     tokenizer: Annotated[
         str | None, typer.Option(help="Tokenizer name or path, where the checkpoint does not say.")

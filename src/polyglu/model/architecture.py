@@ -7,6 +7,7 @@ Legend of shapes:
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -15,41 +16,30 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from polyglu.model.config import KernelName, ModelConfig, Recompute
-from polyglu.model.feed_forward import GLU, PolyGLU
+from polyglu.model.feed_forward import PolyGLU
 from polyglu.model.flash_attention import attention
 from polyglu.model.kernels.norm import norm_serves, rms_norm_op
+from polyglu.model.layers import GLU, AttentionHeads, RMSNorm, Rope, result_dtype, rotary_tables
 from polyglu.model.packing import Packing
 
 DYNAMIC = "L['packing'].cu_seqlens,L['packing'].max_length"
 """Arguments of ``Block.forward`` whose sizes differ from batch to batch: one compiled block serves them all."""
-ROPE_BASE = 10000.0
 Output = TypeVar("Output")
 
 
-Rope = tuple[Tensor, Tensor]
-"""Cosines and sines of the positions, fp32 ``[B, T, 1, d / 2]``."""
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32.
-
-    Under autocast the result has its dtype: it goes into matrix products, each of which would convert it by itself.
-    """
+class KernelRMSNorm(RMSNorm):
+    """RMSNorm, by a kernel where there is one."""
 
     def __init__(self, width: int, eps: float, kernels: KernelName = "auto") -> None:
-        super().__init__()
-        self.eps, self.kernels = eps, kernels
-        self.weight = nn.Parameter(torch.ones(width))
+        super().__init__(width, eps)
+        self.kernels = kernels
 
     def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
-        """Normalise ``[..., width]``, then rotate it if told to; the shape is kept, without autocast the dtype too."""
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        """As in ``RMSNorm``."""
         if self.kernels in ("auto", "native") and norm_serves(x, self.weight):
-            normed: Tensor = rms_norm_op(x, self.weight, self.eps, *(rope or (None, None)), dtype)[0]
+            normed: Tensor = rms_norm_op(x, self.weight, self.eps, *(rope or (None, None)), result_dtype(x))[0]
             return normed
-        normed = F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
-        return (normed if rope is None else rotate(normed, *rope)).to(dtype)
+        return super().forward(x, rope)
 
 
 class RotaryEmbedding(nn.Module):
@@ -60,42 +50,22 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_dim: int, seq_length: int) -> None:
         super().__init__()
-        frequencies = ROPE_BASE ** (-torch.arange(0, head_dim, 2).float() / head_dim)
-        angles = torch.arange(seq_length).float()[:, None] * frequencies  # [seq_length, d/2]
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        cos, sin = rotary_tables(torch.arange(seq_length), head_dim)  # [seq_length, d/2]
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[..., 1, d/2]`` of positions ``[...]``."""
         return self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary position embedding to fp32 ``[B, T, heads, d]``; the shape is kept."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-class GroupedQueryAttention(nn.Module):
+class GroupedQueryAttention(AttentionHeads):
     """Causal attention with grouped heads and QK-norm; documents never see each other."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.head_dim, self.use_flash = config.head_dim, config.use_flash_attn
-        queries, keys = config.n_q_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.d_model, queries, bias=False)
-        self.k_proj = nn.Linear(config.d_model, keys, bias=False)
-        self.v_proj = nn.Linear(config.d_model, keys, bias=False)
-        self.o_proj = nn.Linear(queries, config.d_model, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.eps, config.kernels)
-        self.k_norm = RMSNorm(config.head_dim, config.eps, config.kernels)
-
-    def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """``[B, T, D]`` -> queries ``[B, T, H, d]``, keys and values ``[B, T, G, d]``, as attention takes them."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).view(heads), rope)
-        k = self.k_norm(self.k_proj(x).view(heads), rope)
-        return q, k, self.v_proj(x).view(heads)
+        norm = partial(KernelRMSNorm, kernels=config.kernels)
+        super().__init__(config.d_model, config.n_q_heads, config.n_kv_heads, config.head_dim, config.eps, norm)
+        self.use_flash = config.use_flash_attn
 
     def forward(self, x: Tensor, packing: Packing, rope: Rope) -> Tensor:
         """``[B, T, D]`` -> ``[B, T, D]``."""
@@ -108,9 +78,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.d_model, config.eps, config.kernels)
+        self.input_layernorm = KernelRMSNorm(config.d_model, config.eps, config.kernels)
         self.self_attn = GroupedQueryAttention(config)
-        self.post_attention_layernorm = RMSNorm(config.d_model, config.eps, config.kernels)
+        self.post_attention_layernorm = KernelRMSNorm(config.d_model, config.eps, config.kernels)
         self.mlp: PolyGLU | GLU
         if config.ffn == "polyglu":
             shape = config.d_model, config.d_ff, config.n_activations
@@ -175,7 +145,7 @@ class PolychromaticLM(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = RMSNorm(config.d_model, config.eps, config.kernels)
+        self.norm = KernelRMSNorm(config.d_model, config.eps, config.kernels)
         self.rope = RotaryEmbedding(config.head_dim, config.seq_length)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polyglu.model.architecture import Block, PolychromaticLM
-from polyglu.model.feed_forward import GLU, ROUTER_WIDTH, PolyGLU
+from polyglu.model.feed_forward import PolyGLU
 from polyglu.model.flash_attention import attention
 from polyglu.model.graphs import Graphs
+from polyglu.model.layers import GLU, ROUTER_WIDTH
 from polyglu.model.native_step import NativeStep, native_serves
 from polyglu.model.packing import Packing, pack_rows
 from polyglu.model.routing import RoutingState

@@ -1,67 +1,15 @@
-"""Feed-forward layers: the routed one, and gated linear units with one activation. Shapes as in ``architecture``."""
+"""The routed feed-forward layer over packed documents. Shapes as in ``architecture``."""
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from polyglu.model.activations import ACTIVATIONS
 from polyglu.model.config import KernelName, RoutingParts, RoutingScope
+from polyglu.model.layers import NoRouter, RoutedGLU
 from polyglu.model.packing import Packing
 from polyglu.model.routing import RoutingState, gated_mixture, pool, projected_mixture
 
-ROUTER_WIDTH = 32
-SINGLE_ACTIVATION = {"reglu": 0, "tanhglu": 1, "swiglu": 2, "geglu": 3}
-"""Name of a gated linear unit -> index of its activation in ``ACTIVATIONS``."""
 
-
-class Router(nn.Module):
-    """f of the paper: mean of the input over the routing scope -> Linear(D, R) -> ReLU -> Linear(R, K).
-
-    The mean is taken after the first product, which is linear: a causal run keeps ``[T, R]`` sums, not ``[T, D]``.
-    """
-
-    def __init__(self, d_model: int, n_activations: int) -> None:
-        super().__init__()
-        self.hidden = nn.Linear(d_model, ROUTER_WIDTH)
-        self.out = nn.Linear(ROUTER_WIDTH, n_activations)
-
-    def forward(self, x: Tensor, scope: RoutingScope, packing: Packing) -> Tensor:
-        """``[B, T, D]`` -> fp32 ``[B, S, K]``."""
-        projected = self.project(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return self.logits(pool(projected, scope, packing))
-
-    def project(self, x: Tensor) -> Tensor:
-        """What the mean is taken of: ``[..., D]`` -> fp32 ``[..., R]``."""
-        return F.linear(x, self.hidden.weight).float()
-
-    def logits(self, mean: Tensor) -> Tensor:
-        """Of a mean, outside autocast: fp32 ``[..., R]`` -> ``[..., K]``."""
-        logits: Tensor = self.out(F.relu(mean + self.hidden.bias))
-        return logits
-
-
-class NoRouter(nn.Module):
-    """In a router's place where neurons choose by their own preference alone: no parameters, logits of zero."""
-
-    def __init__(self, n_activations: int) -> None:
-        super().__init__()
-        self.n_activations = n_activations
-
-    def forward(self, x: Tensor, scope: RoutingScope, packing: Packing) -> Tensor:
-        """``[B, T, D]`` -> fp32 ``[B, 1, K]``."""
-        return self.logits(self.project(x[:, :1]))
-
-    def project(self, x: Tensor) -> Tensor:
-        """``[..., D]`` -> fp32 ``[..., R]``."""
-        return x.new_zeros(*x.shape[:-1], ROUTER_WIDTH, dtype=torch.float32)
-
-    def logits(self, mean: Tensor) -> Tensor:
-        """fp32 ``[..., R]`` -> ``[..., K]``."""
-        return mean.new_zeros(*mean.shape[:-1], self.n_activations)
-
-
-class PolyGLU(nn.Module):
+class PolyGLU(RoutedGLU):
     """Gated linear unit whose neurons choose among K activations (paper, section 3).
 
         gate, up    = x W_gate, x W_up
@@ -81,9 +29,6 @@ class PolyGLU(nn.Module):
             to the logits, and is no parameter.
     """
 
-    alpha: Tensor
-    beta: Tensor
-
     def __init__(
         self,
         d_model: int,
@@ -93,22 +38,8 @@ class PolyGLU(nn.Module):
         kernels: KernelName = "auto",
         routing: RoutingParts = "both",
     ) -> None:
-        super().__init__()
+        super().__init__(d_model, d_ff, n_activations, routing)
         self.routing_scope, self.kernels = routing_scope, kernels
-        self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
-        self.router: Router | NoRouter
-        if routing == "dynamic":
-            self.register_buffer("alpha", torch.zeros(d_ff, n_activations), persistent=False)
-        else:
-            self.alpha = nn.Parameter(torch.zeros(d_ff, n_activations))
-        if routing == "static":
-            self.register_buffer("beta", torch.ones(n_activations), persistent=False)
-            self.router = NoRouter(n_activations)
-        else:
-            self.beta = nn.Parameter(torch.ones(n_activations))
-            self.router = Router(d_model, n_activations)
 
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, tau: float | Tensor = 1.0, gumbel: Tensor | None = None
@@ -129,8 +60,12 @@ class PolyGLU(nn.Module):
 
     def token_logits(self, x: Tensor, packing: Packing) -> Tensor:
         """Part of the routing logits that all neurons share, ``beta * f(h_bar)``: fp32 ``[B, S, K]``."""
-        logits: Tensor = self.router(x, self.routing_scope, packing)
-        return self.beta.float() * logits
+        if isinstance(self.router, NoRouter):
+            return self.router.logits(x[:, :1].float())
+        projected = self.router.project(x)
+        with torch.autocast(x.device.type, enabled=False):
+            mean = pool(projected, self.routing_scope, packing)
+        return self.logits_of(mean)
 
     def combine(
         self,
@@ -166,22 +101,6 @@ class PolyGLU(nn.Module):
 
     def routed_by(self, x: Tensor, state: RoutingState, tau: float | Tensor) -> Tensor:
         """``[B, 1, D]`` -> ``[B, 1, D]`` with the routing mean of a state."""
-        with torch.autocast(x.device.type, enabled=False):
-            token_logits = self.beta.float() * self.router.logits(state.mean)[None]  # [1, B, K]
+        token_logits = self.logits_of(state.mean)[None]  # [1, B, K]
         # Rows stand side by side like positions: the neurons' part of the softmax is made once for all.
         return self.combine(x.transpose(0, 1), token_logits, tau, None).transpose(0, 1)
-
-
-class GLU(nn.Module):
-    """Gated linear unit with one activation for all neurons: SwiGLU, GEGLU, ReGLU (Shazeer 2020) and tanh-GLU."""
-
-    def __init__(self, d_model: int, d_ff: int, kind: str = "swiglu") -> None:
-        super().__init__()
-        self.activation = ACTIVATIONS[SINGLE_ACTIVATION[kind]].function
-        self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, T, D]`` -> ``[B, T, D]``."""
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]

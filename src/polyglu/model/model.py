@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from polyglu.config_file import validate
 from polyglu.errors import PolygluError
-from polyglu.files import read_json, sha256, write_atomically, write_json
+from polyglu.files import write_atomically
 from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.config import ModelConfig
+from polyglu.model.folder import CONFIG_FILE, own_names, read_description, read_weights
 
 PORTABLE_FORMAT = "polyglu-portable-1"
 
@@ -50,10 +49,10 @@ class Checkpoint:
 def load_checkpoint(
     path: str | Path, config: ModelConfig | None = None, device: torch.device | str = "cpu"
 ) -> tuple[PolychromaticLM, int, float]:
-    """Load a model in evaluation mode from a portable ``.pt``, a safetensors folder or file, or the published layout.
+    """Load a model in evaluation mode from a portable ``.pt``, an exported folder, or the published layout.
 
     Args:
-        path: file, or folder with ``config.json`` and ``model.safetensors``.
+        path: file, or folder as ``polyglu export`` writes it; its code is never executed.
         config: used instead of the checkpoint's own; its shape must match the weights.
         device: where the model goes.
 
@@ -102,11 +101,6 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     raise PolygluError(f"{path} is not a PolyGLU checkpoint: it has neither this project's nor the published layout.")
 
 
-def weights_digest(path: str | Path) -> str:
-    """SHA-256 (hex) that identifies a checkpoint: of the file, or of a folder's ``model.safetensors``."""
-    return sha256(Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path))
-
-
 def save_portable(
     path: Path,
     weights: Mapping[str, Tensor],
@@ -136,14 +130,6 @@ def describe_shape(config: ModelConfig) -> dict[str, Any]:
     Routing that has both parts, the paper's, goes without saying, as in checkpoints from before there was a choice.
     """
     return config.model_dump(mode="json", exclude={"kernels"} | ({"routing"} if config.routing == "both" else set()))
-
-
-def save_safetensors(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint as a folder of ``model.safetensors`` and ``config.json``, which ``load_checkpoint`` reads."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: weight.contiguous() for name, weight in checkpoint.weights.items()}, folder / "model.safetensors")
-    description = {"step": checkpoint.step, "tau": checkpoint.tau, "tokenizer": checkpoint.tokenizer}
-    write_json(folder / "config.json", {"model": describe_shape(checkpoint.config), **description})
 
 
 class _TokenizerIdentity(BaseModel):
@@ -203,22 +189,13 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 
 def _read_safetensors(path: Path) -> Checkpoint:
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.exists():
-        raise PolygluError(f"{path} has no model.safetensors; give a portable .pt file or a safetensors folder.")
-    try:
-        weights = load_file(file)
-    except (SafetensorError, ValueError, OSError):
-        raise PolygluError(f"{file} is not a whole safetensors file; copy or export it again.") from None
+    weights = read_weights(path)
     if "embeddings.weight" in weights:
-        return _read_published(file, weights, {})
-    description = read_json(file.with_name("config.json"))
-    if not isinstance(description, dict) or "model" not in description:
-        raise PolygluError(
-            f"{file.with_name('config.json')} has no 'model' section, which describes the weights' shape."
-        )
-    config = validate(ModelConfig, description["model"], source=str(file.with_name("config.json")))
-    return _checked(path, weights, config, description)
+        return _read_published(path, weights, {})
+    config_file = (path if path.is_dir() else path.parent) / CONFIG_FILE
+    description = read_description(config_file)
+    config = validate(ModelConfig, description["config"], source=str(config_file))
+    return _checked(path, own_names(weights, path), config, description)
 
 
 _PUBLISHED_NAMES = (

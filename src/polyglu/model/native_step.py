@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from polyglu.model.architecture import Block, PolychromaticLM
-from polyglu.model.feed_forward import PolyGLU, Router
+from polyglu.model.feed_forward import PolyGLU
 from polyglu.model.kernels import decode, native
+from polyglu.model.layers import Router
 
 
 def native_serves(model: PolychromaticLM, dtype: torch.dtype) -> bool:

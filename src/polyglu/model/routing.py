@@ -1,17 +1,16 @@
 """Routing: pooling over a scope, the mixture of activations, Gumbel noise, entropies. Shapes as in ``architecture``."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polyglu.model.activations import ACTIVATIONS
 from polyglu.model.config import KernelName, RoutingScope
 from polyglu.model.kernels.entropy import WeightedEntropy
 from polyglu.model.kernels.mixture import RecomputedHidden, gated_mixture_op
+from polyglu.model.layers import activations_first, reference_mixture, routing_weights
 from polyglu.model.packing import Packing
 
 ENTROPY_POSITIONS = 64
@@ -112,35 +111,7 @@ def projected_mixture(
 def _scaled(gate: Tensor, neuron_logits: Tensor, token_logits: Tensor, tau: float | Tensor) -> Iterator[Tensor]:
     """Logits as kernels take them: divided by tau, K first, fp32 unless the gate is fp64."""
     dtype = torch.promote_types(gate.dtype, torch.float32)
-    return (_activations_first(logits.to(dtype) / tau) for logits in (neuron_logits, token_logits))
-
-
-def reference_mixture(gate: Tensor, neuron_logits: Tensor, token_logits: Tensor, tau: float | Tensor) -> Tensor:
-    """Readable form of the mixture in ``gated_mixture``, before up, one activation at a time."""
-    return mix_activations(routing_weights(neuron_logits, token_logits, tau), gate)
-
-
-def mix_activations(weights: Sequence[Tensor], gate: Tensor) -> Tensor:
-    """Sum of weight times activation: K weights that broadcast to the shape of ``gate``, which the result has."""
-    mixed = sum(weight * activation.function(gate) for weight, activation in zip(weights, ACTIVATIONS, strict=False))
-    assert isinstance(mixed, Tensor)
-    return mixed.to(gate.dtype)
-
-
-def routing_weights(neuron_logits: Tensor, token_logits: Tensor, tau: float | Tensor) -> list[Tensor]:
-    """Softmax over K of the full logits: K tensors ``[B, S, F]`` of fp32 weights that sum to 1."""
-    neuron, token = _activations_first(neuron_logits / tau), _activations_first(token_logits / tau)
-    logits = [ours[:, None, :] + shared[:, :, None] for ours, shared in zip(neuron, token, strict=True)]
-    # The largest logit is subtracted as a constant: it cancels, so it needs no gradient.
-    largest = reduce(torch.maximum, [logit.detach() for logit in logits])
-    exponentials = [torch.exp(logit - largest) for logit in logits]
-    total = sum(exponentials)
-    return [exponential / total for exponential in exponentials]
-
-
-def _activations_first(logits: Tensor) -> Tensor:
-    """``[..., K]`` -> contiguous ``[K, ...]``: each activation's logits side by side in memory."""
-    return logits.movedim(-1, 0).contiguous()
+    return (activations_first(logits.to(dtype) / tau) for logits in (neuron_logits, token_logits))
 
 
 def gumbel_noise(seed: int, sample_ids: Tensor, n_layers: int, d_ff: int, n_activations: int) -> Tensor:
@@ -223,9 +194,9 @@ def summed_entropy(alpha: Tensor, token_logits: Tensor, counted: Tensor) -> Tens
     """
     columns, dtype = counted.shape[1], torch.promote_types(token_logits.dtype, torch.float32)
     stride = columns if token_logits.shape[1] == 1 else -(-columns // ENTROPY_POSITIONS)
-    token = _activations_first(token_logits[:, ::stride].flatten(0, 1).to(dtype))  # [K, P]
+    token = activations_first(token_logits[:, ::stride].flatten(0, 1).to(dtype))  # [K, P]
     padded = F.pad(counted.to(dtype), (0, -columns % stride))
     weights = padded.view(-1, stride).sum(1)  # [P]
-    neuron = _activations_first(alpha.to(dtype))  # [K, F]
+    neuron = activations_first(alpha.to(dtype))  # [K, F]
     total: Tensor = WeightedEntropy.apply(neuron, token, weights)  # type: ignore[no-untyped-call]
     return total

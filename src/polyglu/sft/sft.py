@@ -25,7 +25,8 @@ from polyglu.errors import PolygluError, run_command
 from polyglu.files import check_writable
 from polyglu.logs import configure_logging
 from polyglu.model.config import SFTConfig
-from polyglu.model.model import Checkpoint, load_checkpoint, read_checkpoint, weights_digest
+from polyglu.model.folder import weights_digest
+from polyglu.model.model import Checkpoint, load_checkpoint, read_checkpoint
 from polyglu.training.checkpoint import ResumePoint, find_resume_point
 from polyglu.training.engine import create_engine
 from polyglu.training.fit import Plan, fit

@@ -9,10 +9,10 @@ from polyglu import PolyGLU
 from polyglu.model import packing as packing_module
 from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.config import KernelName, ModelConfig, Recompute, RoutingScope
-from polyglu.model.feed_forward import GLU, ROUTER_WIDTH
+from polyglu.model.layers import GLU, ROUTER_WIDTH, routing_weights
 from polyglu.model.model import create_model
 from polyglu.model.packing import Packing
-from polyglu.model.routing import RoutingState, gated_mixture, gumbel_noise, pool, routing_weights
+from polyglu.model.routing import RoutingState, gated_mixture, gumbel_noise, pool
 
 TINY = ModelConfig(vocab_size=50, d_model=24, d_ff=40, n_layers=2, n_q_heads=4, n_kv_heads=2, head_dim=6, seq_length=32)
 

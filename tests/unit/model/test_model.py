@@ -7,21 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from models import write_folder
+from safetensors.torch import load_file, save_file
 
 from polyglu.errors import PolygluError
 from polyglu.files import sha256
 from polyglu.model import model as model_module
 from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.config import ModelConfig
+from polyglu.model.folder import weights_digest
 from polyglu.model.model import (
     create_model,
     load_checkpoint,
     published_name,
     read_checkpoint,
     save_portable,
-    save_safetensors,
-    weights_digest,
 )
 
 SMALL = ModelConfig(
@@ -83,7 +83,7 @@ def test_portable_round_trip(tmp_path: Path, changes: dict[str, Any]) -> None:
 def test_who_computes_is_not_part_of_a_checkpoint(tmp_path: Path) -> None:
     """A model trained on a GPU with its kernels is opened on a machine without."""
     save(tmp_path / "portable.pt", create_model(SMALL.model_copy(update={"kernels": "triton"})))
-    save_safetensors(tmp_path / "folder", read_checkpoint(tmp_path / "portable.pt"))
+    write_folder(tmp_path / "folder", read_checkpoint(tmp_path / "portable.pt"))
     for path in (tmp_path / "portable.pt", tmp_path / "folder"):
         assert load_checkpoint(path)[0].config.kernels == "auto"
 
@@ -106,7 +106,7 @@ def test_low_precision_weights_are_kept_in_fp32(tmp_path: Path) -> None:
 
 def test_safetensors_round_trip(portable: Path, tmp_path: Path) -> None:
     folder = tmp_path / "exported"
-    save_safetensors(folder, read_checkpoint(portable))
+    write_folder(folder, read_checkpoint(portable))
     expected = load_checkpoint(portable)
     for path in (folder, folder / "model.safetensors"):
         loaded, step, tau = load_checkpoint(path)
@@ -114,6 +114,16 @@ def test_safetensors_round_trip(portable: Path, tmp_path: Path) -> None:
         assert torch.equal(loaded(IDS), expected[0](IDS))
         assert read_checkpoint(path).tokenizer == TOKENIZER
     assert weights_digest(folder) == sha256(folder / "model.safetensors")
+
+
+def test_sharded_folder_round_trip(portable: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "exported"
+    write_folder(folder, read_checkpoint(portable), shards=3)
+    assert torch.equal(load_checkpoint(folder)[0](IDS), load_checkpoint(portable)[0](IDS))
+    before = weights_digest(folder)
+    last = sorted(folder.glob("model-*"))[-1]
+    save_file({name: weight + 1 for name, weight in load_file(last).items()}, last)
+    assert weights_digest(folder) != before
 
 
 @pytest.mark.parametrize("layout", ["pt", "safetensors"])
@@ -233,7 +243,11 @@ def test_published_layout_with_a_weight_missing_is_refused(tmp_path: Path) -> No
         ("empty folder", r"has no model\.safetensors"),
         ("damaged weights", r"model\.safetensors is not a whole safetensors file"),
         ("no config", r"config\.json does not exist"),
-        ("config of another kind", r"config\.json has no 'model' section"),
+        ("another architecture", r"config\.json describes a 'qwen3' model, expected 'polychromatic'"),
+        ("field missing", r"config\.json: 'd_ff' is missing"),
+        ("index that leads elsewhere", r"index\.json names '\.\./model\.safetensors', which is no file of that folder"),
+        ("untied head", "the head differs from the embedding"),
+        ("config of another kind", r"config\.json says no model_type, expected 'polychromatic'"),
     ],
 )
 def test_incomplete_folders_are_refused(portable: Path, tmp_path: Path, fault: str, message: str) -> None:
@@ -241,12 +255,24 @@ def test_incomplete_folders_are_refused(portable: Path, tmp_path: Path, fault: s
     if fault == "empty folder":
         folder.mkdir()
     elif fault != "nothing there":
-        save_safetensors(folder, read_checkpoint(portable))
+        write_folder(folder, read_checkpoint(portable))
     if fault == "damaged weights":
         (folder / "model.safetensors").write_bytes(b"short")
     elif fault == "no config":
         (folder / "config.json").unlink()
     elif fault == "config of another kind":
         (folder / "config.json").write_text("[]")
+    elif fault == "another architecture":
+        (folder / "config.json").write_text('{"model_type": "qwen3"}')
+    elif fault == "field missing":
+        said = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({key: said[key] for key in said if key != "d_ff"}))
+    elif fault == "index that leads elsewhere":
+        (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+        index = {"weight_map": {"model.norm.weight": "../model.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif fault == "untied head":
+        weights = load_file(folder / "model.safetensors")
+        save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1}, folder / "model.safetensors")
     with pytest.raises(PolygluError, match=message):
         load_checkpoint(folder)

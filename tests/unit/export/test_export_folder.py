@@ -1,0 +1,224 @@
+"""A folder is whole or not there, says what is known, and comes back to the same bits."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exports import TAU, TEXTS, Exported
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from polyglu.cli import build_app
+from polyglu.config_file import save_config
+from polyglu.data.chat import render_prompt
+from polyglu.data.tokenizer import load_tokenizer, train_bpe
+from polyglu.errors import PolygluError
+from polyglu.export import export_folder
+from polyglu.export.export_folder import export
+from polyglu.export.import_folder import import_checkpoint
+from polyglu.files import sha256, write_json
+from polyglu.inference import open_for_inference
+from polyglu.model.config import SFTConfig, TrainConfig
+from polyglu.model.model import load_checkpoint, read_checkpoint, save_portable
+
+CAUSAL = {"routing_scope": "causal"}
+REFERENCE = Path(__file__).parents[2] / "fixtures/reference_model/portable.pt"
+
+
+def command(*arguments: object) -> tuple[int, str]:
+    """Exit code, and the sentence if the input is refused."""
+    words = [str(argument) for argument in arguments]
+    result = CliRunner().invoke(build_app(words), words)
+    refused = isinstance(result.exception, PolygluError)
+    return (2, str(result.exception)) if refused else (result.exit_code, result.output)
+
+
+@pytest.mark.parametrize("settings", [CAUSAL, {"routing_scope": "sequence"}, {"ffn": "reglu"}], ids=str)
+def test_round_trip_to_the_same_bits(exported: Exported, settings: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint, folder = exported(**settings)
+    import_checkpoint(folder, tmp_path / "back.pt")
+    before, after = (torch.load(path, weights_only=True) for path in (checkpoint, tmp_path / "back.pt"))
+    assert {key: before[key] for key in before if key != "model"} == {
+        key: after[key] for key in after if key != "model"
+    }
+    assert before["model"].keys() == after["model"].keys()
+    assert all(torch.equal(weight, after["model"][name]) for name, weight in before["model"].items())
+
+
+def test_the_published_layout_is_imported(tmp_path: Path) -> None:
+    import_checkpoint(REFERENCE, tmp_path / "ours.pt")
+    ours, published = load_checkpoint(tmp_path / "ours.pt"), load_checkpoint(REFERENCE)
+    assert ours[1:] == published[1:] == (1234, 0.5)
+    ids = torch.arange(8)[None]
+    assert torch.equal(ours[0](ids), published[0](ids))
+
+
+def test_our_commands_open_the_folder_without_its_code(exported: Exported) -> None:
+    checkpoint, folder = exported(**CAUSAL)
+    (folder / "modeling_polychromatic.py").rename(folder / "kept")
+    (folder / "modeling_polychromatic.py").write_text("raise AssertionError('executed')")
+    try:
+        asked = ["--prompt", "one two", "--max-new-tokens", 5]
+        texts = [command("generate", "--checkpoint", path, *asked) for path in (folder, checkpoint)]
+        assert [code for code, _ in texts] == [0, 0]
+        assert texts[0][1].partition("\n")[2] == texts[1][1].partition("\n")[2]  # after the line that names the path
+        opened = open_for_inference(folder)
+    finally:
+        (folder / "kept").replace(folder / "modeling_polychromatic.py")
+    assert (opened.step, opened.tau, opened.tokenizer.name) == (11, TAU, str(folder))
+    assert opened.sha256 == sha256(folder / "model.safetensors")
+
+
+def test_tokenizer_and_chat_template_are_ours(exported: Exported) -> None:
+    _, folder = exported(**CAUSAL)
+    ours, theirs = load_tokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)
+    for text in [*TEXTS, "  é ﬁ 12\n\n\t日本語", ""]:
+        assert theirs(text)["input_ids"] == ours.encode(text)
+    chat = "<|im_start|>user\n1 + 2<|im_end|>\n"
+    assert theirs(chat)["input_ids"] == ours.encode(chat, allow_special=True)
+    assert (theirs.eos_token_id, theirs.pad_token_id, theirs.bos_token_id) == (ours.eos_id, ours.eos_id, None)
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [ours.eos_id, ours.im_end_id]
+    conversations = [
+        [{"role": "user", "content": " two\n"}],
+        [{"role": "system", "content": "Be short."}, {"role": "user", "content": "1 + 2?"},
+         {"role": "assistant", "content": "3", "reasoning_content": "easy"}, {"role": "user", "content": "{{ x }}"}],
+        [{"role": "assistant", "content": "", "reasoning_content": ""}],
+    ]  # fmt: skip
+    for messages in conversations:
+        assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == render_prompt(
+            messages
+        )
+        without_header = render_prompt(messages).removesuffix("<|im_start|>assistant\n")
+        assert theirs.apply_chat_template(messages, tokenize=False) == without_header
+
+
+def test_the_card_says_what_is_known(exported: Exported, tmp_path: Path) -> None:
+    checkpoint, folder = exported(**CAUSAL)
+    assert "## Data" not in (folder / "README.md").read_text() and "Scores" not in (folder / "README.md").read_text()
+    described = read_checkpoint(checkpoint)
+    train = TrainConfig(model=described.config)
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures/entropy_per_layer.png").write_bytes(b"png")
+    for name, config in (("pretrain", train), ("sft", SFTConfig())):
+        (tmp_path / name).mkdir()
+        save_config(config, tmp_path / name / "config.yaml")
+    results = {
+        "checkpoint": {"path": "x.pt", "sha256": sha256(checkpoint)},
+        "results": {"gsm8k": {"exact_match,strict": 0.25, "exact_match_stderr,strict": 0.01, "n_samples": 4.0}},
+        "perplexity": {"math": {"perplexity": 3.5}},
+    }
+    write_json(tmp_path / "scores.json", results)
+    arguments = ["--run", tmp_path / "pretrain", "--run", tmp_path / "sft", "--results", tmp_path / "scores.json"]
+    code, said = command("export", checkpoint, tmp_path / "new", *arguments, "--figures", tmp_path / "figures")
+    assert code == 0, said
+    card = (tmp_path / "new/README.md").read_text()
+    for line in (
+        "| math | 70% | 85% |", "| learning_rate | 0.0001 |", "| stage | fine-tuning |", "nvidia/Nemotron-Math-v2",
+        "| gsm8k | exact_match,strict | 0.2500 | 0.0100 |", "| math | perplexity | 3.5000 |  |",
+        "| routing scope, temperature | causal, 0.3 |", "| training step | 11 |", sha256(checkpoint),
+        "(figures/entropy_per_layer.png)", "Routing sees only earlier tokens",
+    ):  # fmt: skip
+        assert line in card
+    assert (tmp_path / "new/figures/entropy_per_layer.png").read_bytes() == b"png"
+    other = results | {"checkpoint": {"path": "other.pt", "sha256": "0"}}
+    write_json(tmp_path / "other.json", other)
+    write_json(tmp_path / "none.json", [])
+    wrong = TrainConfig(model=described.config.model_copy(update={"d_ff": 99}))
+    save_config(wrong, tmp_path / "sft/config.yaml")
+    for option, value, sentence in (
+        ("--results", tmp_path / "other.json", r"other.json has the scores of another checkpoint (other.pt)."),
+        ("--results", tmp_path / "none.json", "none.json is no results file"),
+        ("--run", tmp_path, "has no config.yaml"),
+        ("--run", tmp_path / "sft", "trained a model of another shape"),
+        ("--figures", tmp_path / "sft", "has no .png files"),
+    ):
+        code, said = command("export", checkpoint, tmp_path / "refused", option, value)
+        assert code == 2 and sentence in said
+        assert not (tmp_path / "refused").exists()
+
+
+def test_sequence_scope_is_told_honestly(exported: Exported) -> None:
+    _, folder = exported(routing_scope="sequence")
+    assert "not those of a language model" in (folder / "README.md").read_text().replace("\n", " ")
+    assert json.loads((folder / "generation_config.json").read_text())["use_cache"] is False
+
+
+def test_interrupted_there_is_no_half_folder(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, _ = exported(**CAUSAL)
+    folder = tmp_path / "new"
+    export(checkpoint, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for step in ("write_code", "save_tokenizer", "flush"):
+        with monkeypatch.context() as patch:
+            patch.setattr(export_folder, step, interrupt)
+            for target in (folder, tmp_path / "other"):
+                with pytest.raises(KeyboardInterrupt):
+                    export(checkpoint, target)
+        assert [path.name for path in tmp_path.iterdir()] == ["new"]
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    export(checkpoint, folder)  # replaces an earlier export
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_large_weights_are_sharded(exported: Exported, tmp_path: Path) -> None:
+    checkpoint, _ = exported(**CAUSAL)
+    export(checkpoint, tmp_path / "new", max_shard_size="20KB")
+    assert len(list((tmp_path / "new").glob("model-*.safetensors"))) > 1
+    ids = torch.arange(8)[None]
+    assert torch.equal(load_checkpoint(tmp_path / "new")[0](ids), load_checkpoint(checkpoint)[0](ids))
+
+
+Prepare = Callable[[Path, Path], None]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "sentence"),
+    [
+        (lambda folder, _: folder.write_text(""), "is a file"),
+        (lambda folder, _: (folder.mkdir(), (folder / "thesis.tex").touch()), "is not empty and no export"),
+        (lambda folder, _: (folder.mkdir(), write_json(folder / "config.json", {"model_type": "qwen3"})),
+         "holds another model"),
+        (lambda folder, checkpoint: (export(checkpoint, folder), (folder / ".git").mkdir()), "holds '.git'"),
+    ],
+    ids=["file", "other files", "other model", "more than an export"],
+)  # fmt: skip
+def test_nothing_else_is_overwritten(exported: Exported, tmp_path: Path, prepare: Prepare, sentence: str) -> None:
+    checkpoint, _ = exported(**CAUSAL)
+    prepare(tmp_path / "new", checkpoint)
+    code, said = command("export", checkpoint, tmp_path / "new")
+    assert code == 2 and sentence in said
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_what_is_no_checkpoint_or_tokenizer_is_refused(exported: Exported, tmp_path: Path) -> None:
+    checkpoint, folder = exported(**CAUSAL)
+    (tmp_path / "text.pt").write_text("text")
+    train_bpe(["quite another text"], 265, tmp_path / "another")
+    write_json(tmp_path / "qwen/config.json", {"model_type": "qwen3"})
+    (tmp_path / "qwen/model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    model = load_checkpoint(checkpoint)[0]
+    save_portable(tmp_path / "nameless.pt", model.state_dict(), model.config, 1, TAU, {})
+    for arguments, sentence in (
+        (["export", tmp_path / "text.pt", tmp_path / "new"], "is not a checkpoint"),
+        (["export", tmp_path / "none.pt", tmp_path / "new"], "does not exist"),
+        (["export", checkpoint, tmp_path / "new", "--tokenizer", tmp_path / "another"], "is not the one"),
+        (["export", tmp_path / "nameless.pt", tmp_path / "new"], "does not say which tokenizer"),
+        (["import", tmp_path / "qwen", tmp_path / "new.pt"], "describes a 'qwen3' model"),
+        (["import", tmp_path / "text.pt", tmp_path / "new.pt"], "is not a checkpoint"),
+        (["import", folder, tmp_path / "text.pt"], "exists already"),
+        (["import", folder, tmp_path / "new"], "must end in .pt"),
+        (["import", folder, tmp_path / "new.pt", "--tokenizer", tmp_path / "another"], "is not the one"),
+        (["import", folder, tmp_path / "text.pt/new.pt"], "is a file"),
+    ):  # fmt: skip
+        code, said = command(*arguments)
+        assert code == 2 and sentence in said
+        assert not (tmp_path / "new").exists() and not (tmp_path / "new.pt").exists()
