@@ -129,7 +129,20 @@ else:
     subprocess.run([sys.executable, "-W", "error::ImportWarning", "-c", code], cwd=ROOT, check=True)
 
 
-STAGES = ["demo", "data", "train", "sft", "eval", "compare", "analyze", "ablate", "generate", "chat", "export", "import"]
+STAGES = [
+    "demo",
+    "data",
+    "train",
+    "sft",
+    "eval",
+    "compare",
+    "analyze",
+    "ablate",
+    "generate",
+    "chat",
+    "export",
+    "import",
+]
 
 
 @pytest.mark.parametrize("verb", STAGES)
