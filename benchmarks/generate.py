@@ -215,7 +215,7 @@ def measure_scoring(config: ModelConfig, device: torch.device, seconds: float) -
 def cpu_groups() -> dict[str, Group]:
     device, cases = torch.device("cpu"), (OURS, LOOP, QWEN3)
     groups: dict[str, Group] = {}
-    for name, config, weight in (("demo", DEMO, 1), ("512 x 8", MIDDLE, 3)):
+    for name, config, weight in (("demo", DEMO, 1), ("512 x 8", MIDDLE, 6)):
         groups[f"one, {name}"] = Group(weight, partial(measure_requests, config, ONE, device, cases))
         groups[f"many, {name}"] = Group(2 * weight, partial(measure_requests, config, MANY, device, cases))
         groups[f"scoring, {name}"] = Group(weight, partial(measure_scoring, config, device))
@@ -275,7 +275,7 @@ COLUMNS = {
 def main(
     device: Annotated[Kind, typer.Argument(help="What to measure.")],
     json: Annotated[Path | None, typer.Option(help="Also write the results here.")] = None,
-    seconds: Annotated[float, typer.Option(help="Budget; each case has three turns at least.")] = 200,
+    seconds: Annotated[float, typer.Option(help="Budget; each case has three turns at least.")] = 280,
 ) -> None:
     """Measure, and print a table and the goals."""
     if device == Kind.gpu and not torch.cuda.is_available():

@@ -73,6 +73,8 @@ def main(
         raise PolygluError("the prompt is not UTF-8 text; check the terminal's encoding.")
     opened = open_for_inference(checkpoint, tokenizer, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     prompts = [encode(opened, text, chat) for text in texts]
+    if "" in texts and not chat:
+        say("an empty prompt begins a new document.")
     check_lengths(opened, prompts)
     if prompt is None:
         new = write_lines(opened, texts, prompts, sampling)

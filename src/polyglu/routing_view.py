@@ -65,7 +65,7 @@ def coloured(tokenizer: Tokenizer, tokens: Sequence[int], weights: Tensor, stop_
 
 def shares(weights: Tensor, layer: int) -> Table:
     """Legend of the colours, with how often each activation is the largest and how much weight it has."""
-    title = f"layer {layer}: routing of {len(weights)} new tokens, mean over neurons"
+    title = f"layer {layer}: routing of {len(weights)} new tokens"
     table = Table(title=title, title_justify="left")
     for heading in ("activation", "largest at", "mean weight"):
         table.add_column(heading, justify="left" if heading == "activation" else "right")

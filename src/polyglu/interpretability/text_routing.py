@@ -164,9 +164,9 @@ def _is_largest(weights: Tensor) -> Tensor:
 
 
 def _mean_entropy(weights: Tensor) -> Tensor:
-    """Of weights ``[K, P, F]``, in nats."""
-    nats: Tensor = torch.special.entr(weights)
-    return nats.sum(0).mean()
+    """Of weights ``[K, P, F]``, in nats; ``torch.special.entr`` takes three times as long."""
+    logarithms = weights.clamp_min(torch.finfo(weights.dtype).tiny).log_()
+    return -logarithms.mul_(weights).sum(0).mean()
 
 
 def _variance(means: Tensor, token_shares: Tensor, own_way: Tensor) -> tuple[float, Interval]:

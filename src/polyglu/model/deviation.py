@@ -25,7 +25,8 @@ class Deviation(NamedTuple):
 def approximates(model: PolychromaticLM, routing: Routing) -> bool:
     """Whether a routing of new tokens is another than the model was trained with."""
     exact = {"causal": ("exact", "running"), "document": ("exact",), "sequence": ("exact",)}
-    return model.config.ffn == "polyglu" and routing not in exact[model.config.routing_scope]
+    moved = model.config.ffn == "polyglu" and model.config.routing != "static"  # by what is read
+    return moved and routing not in exact[model.config.routing_scope]
 
 
 @torch.inference_mode()
