@@ -3,9 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import stdtr, stdtrit
 
 LEVEL = 0.95
 """Of all confidence intervals."""
@@ -56,6 +57,16 @@ def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float]) -
     return _interval(ratio, math.sqrt(n / (n - 1) * float(((x - ratio * y) ** 2).sum())) / float(y.sum()), n)
 
 
+def t_quantile(freedom: int, confidence: float = LEVEL) -> float:
+    """Half the width, in standard errors, of Student's two-sided interval."""
+    return float(stdtrit(freedom, (1 + confidence) / 2))
+
+
+def two_sided_p(t: Any, freedom: int) -> Any:
+    """P-value of Student's t, a number or an array of such."""
+    return 2 * stdtr(freedom, -np.abs(t))
+
+
 def _interval(mean: float, stderr: float, n: int) -> Estimate:
-    half = float(stdtrit(n - 1, (1 + LEVEL) / 2)) * stderr
+    half = t_quantile(n - 1) * stderr
     return Estimate(mean, mean - half, mean + half, n, stderr)

@@ -56,9 +56,9 @@ ONE_HOME: dict[str, str | tuple[str, ...]] = {
     "triton": "model/kernels/triton_",
     "wandb": "training/wandb_run.py",
     "lm_eval": "evaluation/",
-    "scipy": "compare/statistics.py",
+    "scipy": "estimates.py",
     "matplotlib": "interpretability/plotting",
-    "jinja2": "page/",
+    "jinja2": ("page/", "evaluation/local_data.py"),  # makes pages; what the harness's templates read
     "gigatoken": "data/encoding.py",
     "awkward": "data/encoding.py",
 }

@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from scipy.special import stdtr
-
-from polyglu.estimates import LEVEL, Estimate, estimate
+from polyglu.estimates import LEVEL, Estimate, estimate, two_sided_p
 
 Outcome = Literal["lower", "higher", "undecided", "untested"]
 
@@ -51,7 +49,7 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
         return Difference(found, None)
     if found.stderr == 0:  # equal to the last bit
         return Difference(found, 1.0 if found.mean == 0 else 0.0)
-    return Difference(found, float(2 * stdtr(found.n - 1, -abs(found.mean) / found.stderr)))
+    return Difference(found, float(two_sided_p(found.mean / found.stderr, found.n - 1)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -53,7 +53,6 @@ def perplexity(
         PolygluError: no such source, not of its format, of another tokenizer, or without text.
     """
     documents = first_documents(source, tokenizer, max_tokens)
-    tokens = sum(len(document.tokens) for document in documents)
     longest = model.config.seq_length
     what = f"perplexity of {source.name}"
     requests = [
@@ -78,7 +77,12 @@ def _summary(documents: Sequence[Document], nats: Sequence[float]) -> dict[str, 
         if value is not None:
             result[f"perplexity{end}"] = math.exp(min(value, MAX_EXPONENT))
     sizes = [document.n_bytes for document in documents if document.n_bytes is not None]
+    if len(sizes) == len(documents):
+        result["bytes"] = sum(sizes)
+        result |= _named("bits_per_byte", ratio_estimate([value / math.log(2) for value in nats], sizes))
+    return result
 
 
-MAX_EXPONENT = 700.0
-"""Little under the largest that a float's exponential holds."""
+def _named(name: str, estimate: Estimate) -> dict[str, float]:
+    ends = {"": estimate.mean, "_stderr": estimate.stderr, "_low": estimate.low, "_high": estimate.high}
+    return {f"{name}{end}": value for end, value in ends.items() if value is not None}

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from scipy.special import stdtr, stdtrit
 from torch import Tensor
+
+from polyglu import estimates
 
 CONFIDENCE = 0.95
 """Of every interval."""
@@ -30,7 +31,7 @@ def t_interval(estimate: Tensor, error: Tensor, freedom: int, confidence: float 
     """Student's t interval around an estimate with a standard error; infinite where there are no degrees of freedom."""
     if freedom < 1:
         return Interval(estimate, torch.full_like(estimate, -torch.inf), torch.full_like(estimate, torch.inf))
-    reach = error * float(stdtrit(freedom, 0.5 + confidence / 2))
+    reach = error * estimates.t_quantile(freedom, confidence)
     return Interval(estimate, estimate - reach, estimate + reach)
 
 
@@ -69,7 +70,7 @@ def two_sided_p(estimate: Tensor, error: Tensor, freedom: int) -> Tensor:
     if freedom < 1:
         return torch.ones_like(estimate)
     ratio = torch.where(estimate == 0, 0.0, estimate.abs() / error).double()
-    return torch.as_tensor(2 * stdtr(freedom, -ratio.numpy()), dtype=torch.float64)
+    return torch.as_tensor(estimates.two_sided_p(ratio.numpy(), freedom), dtype=torch.float64)
 
 
 def holm(p_values: Tensor) -> Tensor:

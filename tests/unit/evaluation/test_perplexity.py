@@ -62,7 +62,7 @@ def test_intervals_are_over_documents(opened: Inference, run: Any, tmp_path: Pat
     for ratio, unit, scale in (("nats_per_token", "tokens", 1.0), ("bits_per_byte", "bytes", math.log(2))):
         nats = [one["nats_per_token"] * one["tokens"] / scale for one in each]
         expected = ratio_estimate(nats, [one[unit] for one in each])
-        assert found[ratio] == pytest.approx(expected.value, rel=1e-5)
+        assert found[ratio] == pytest.approx(expected.mean, rel=1e-5)
         assert found[f"{ratio}_low"] == pytest.approx(expected.low, rel=1e-4)
         assert found[f"{ratio}_stderr"] == pytest.approx(expected.stderr, rel=1e-4)
     assert found["perplexity_high"] == pytest.approx(math.exp(found["nats_per_token_high"]))
