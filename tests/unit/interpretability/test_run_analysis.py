@@ -140,6 +140,7 @@ def test_lone_activation_and_single_neuron_are_looked_at_too(shape: tuple[int, i
     assert any("layer 0" in mark.text for mark in figures[0].marks)
 
 
+@pytest.mark.usefixtures("coarse")
 def test_stats_identify_the_checkpoint(tmp_path: Path, tokenizer: Tokenizer) -> None:
     checkpoint = save_checkpoint(tmp_path / "model.pt", tokenizer, routing_scope="sequence")
     stats = analyze_checkpoint(checkpoint, tmp_path / "figures", settings=None)
@@ -152,6 +153,7 @@ def test_stats_identify_the_checkpoint(tmp_path: Path, tokenizer: Tokenizer) -> 
     assert stats["routing_scope"] == "sequence"
 
 
+@pytest.mark.usefixtures("coarse")
 def test_untrained_alpha_is_called_no_preference(tmp_path: Path, tokenizer: Tokenizer) -> None:
     checkpoint = save_checkpoint(tmp_path / "model.pt", tokenizer, alpha=0.001)
     stats = analyze_checkpoint(checkpoint, tmp_path / "figures", settings=None)
