@@ -83,6 +83,10 @@ def test_shipped_configs_are_valid(path: Path) -> None:
         from polyglu.data.sources import SourcesConfig
 
         load_config(SourcesConfig, path)
+    elif path.parent.name == "suites":
+        from polyglu.compare.suite import SuiteConfig
+
+        load_config(SuiteConfig, path)
     else:
         load_config(SFTConfig if "sft" in path.name else TrainConfig, path)
 
