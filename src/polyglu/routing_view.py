@@ -14,8 +14,8 @@ from polyglu.errors import PolygluError
 from polyglu.model.activations import ACTIVATIONS
 from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.feed_forward import PolyGLU
+from polyglu.model.layers import routing_weights
 from polyglu.model.packing import pack_rows
-from polyglu.model.routing import routing_weights
 
 POSITIONS_AT_ONCE = 64
 """Whose weights ``[positions, F, K]`` are made at a time."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from polyglu.data.held_out import Document, first_documents
 from polyglu.data.tokenizer import Tokenizer
-from polyglu.estimates import ratio_estimate
+from polyglu.estimates import Estimate, ratio_estimate
 from polyglu.evaluation.answers import Answers, Asker
 from polyglu.evaluation.scoring import rolling_requests, score
 from polyglu.model.architecture import PolychromaticLM

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from polyglu.interpretability.statistics import Interval, t_interval
 from polyglu.model.architecture import PolychromaticLM
-from polyglu.model.routing import routing_weights
+from polyglu.model.layers import routing_weights
 
 POSITIONS = 16
 """Evenly spaced tokens of a document that are looked at, the last one always."""

@@ -17,7 +17,7 @@ from polyglu.interpretability.ablation import (
 )
 from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.config import ModelConfig
-from polyglu.model.routing import routing_weights
+from polyglu.model.layers import routing_weights
 
 TAU = 0.4
 DOCUMENTS = [random_tokens(length, seed) for seed, length in enumerate((9, 4, 17, 2))]
