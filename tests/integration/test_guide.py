@@ -166,6 +166,9 @@ def test_fine_tuning_then_evaluation_of_both_models_and_analysis(tuned: Path) ->
     assert set(sft["results"]) == {"demo_arithmetic", "demo_arithmetic_chat"}
     assert base["checkpoint"]["path"] == "checkpoints/portable_final.pt"
     assert sft["checkpoint"]["path"] == "checkpoints_sft/sft_final.pt"
+    (row,) = [r for r in json.loads((tuned / "results/comparison.json").read_text())["rows"] if r["a"] and r["b"]]
+    assert row["name"] == "demo_arithmetic" and row["method"] == "paired" and row["n_pairs"] == 2
+    assert (tuned / "results/comparison.png").is_file()
     assert {path.name for path in (tuned / "figures").iterdir()} == FIGURES
 
 

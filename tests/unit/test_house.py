@@ -136,6 +136,7 @@ STAGES = [
     "sft",
     "eval",
     "compare",
+    "compare-evals",
     "analyze",
     "ablate",
     "generate",

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 from polyglu.errors import Interrupted, PolygluError
@@ -54,8 +55,18 @@ def identity(opened: Inference, chat: bool) -> dict[str, Any]:
 
 @contextmanager
 def stoppable(kept: Path) -> Iterator[None]:
-    """Let SIGTERM stop the work where it is, as Ctrl-C does: every answer so far is in the file ``kept``."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Let SIGTERM stop the work where it is, as Ctrl-C does: every answer so far is in the file ``kept``.
+
+    Processes that the harness forks meanwhile, and ends by SIGTERM, just end.
+    """
+    owner = os.getpid()
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != owner:
+            os._exit(128 + number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except KeyboardInterrupt:

@@ -190,6 +190,7 @@ def _with_local_data(
         "dataset_name": None,
         "dataset_kwargs": {"data_files": prepared, "cache_dir": str(scratch / "cache")},
         **{name: None for name in SPLITS if definition.get(name) not in prepared},
+        "num_fewshot": shots,  # known here; without it the harness would warn of a split that is not needed
     }
     overlay = scratch / "local" / f"{entry.name}.yaml"
     write_text(overlay, yaml.safe_dump({"include": str(entry.yaml_path), "task": entry.name, **changed}))
