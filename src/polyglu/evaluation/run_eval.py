@@ -25,6 +25,7 @@ import typer
 from lm_eval.evaluator import evaluate
 from rich.console import Console
 
+from polyglu.data.held_out import first_documents
 from polyglu.errors import PolygluError, run_command
 from polyglu.evaluation.answers import Answers, KeptAnswers, answers_file, identity, stoppable
 from polyglu.evaluation.model_wrapper import HarnessModel
@@ -124,6 +125,8 @@ def evaluate_checkpoint(settings: EvalSettings, output: Path | None = None, fres
             data_dir=settings.data_dir,
             num_fewshot=settings.num_fewshot,
         )
+        for source in settings.perplexity.values():
+            first_documents(source, opened.tokenizer, max_tokens=1)
         answers = (
             Answers()
             if output is None

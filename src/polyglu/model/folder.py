@@ -93,7 +93,7 @@ def read_description(file: Path) -> dict[str, Any]:
         what = "says no model_type" if kind is None else f"describes a {kind!r:.40} model"
         raise PolygluError(f"{file} {what}, expected '{MODEL_TYPE}'; give a folder that polyglu export wrote.")
     fields = ModelConfig.model_fields.keys() - {"kernels"}
-    if missing := fields - said.keys():
+    if missing := fields - said.keys() - {"routing"}:  # not said where both parts route
         raise PolygluError(f"{file}: '{min(missing)}' is missing; export the checkpoint again.")
     described = {key: said[key] for key in ("step", "tau", "tokenizer") if said.get(key) is not None}
-    return {"config": {key: said[key] for key in fields}, **described}
+    return {"config": {key: said[key] for key in fields & said.keys()}, **described}

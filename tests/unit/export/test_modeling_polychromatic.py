@@ -20,6 +20,7 @@ CAUSAL = {"routing_scope": "causal"}
 KINDS = [
     CAUSAL, {"routing_scope": "document"}, {"routing_scope": "sequence"},
     *({**CAUSAL, "n_activations": k} for k in (1, 2, 3, 5, 6)),
+    *({**CAUSAL, "routing": part} for part in ("static", "dynamic")),
     *({"ffn": kind} for kind in ("swiglu", "geglu", "reglu", "tanhglu")),
 ]  # fmt: skip
 SCOPES = KINDS[:2]

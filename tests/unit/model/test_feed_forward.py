@@ -10,8 +10,9 @@ from polyglu.config_file import validate
 from polyglu.errors import PolygluError
 from polyglu.model.activations import ACTIVATIONS
 from polyglu.model.config import KernelName, ModelConfig, RoutingParts, RoutingScope
-from polyglu.model.feed_forward import ROUTER_WIDTH, PolyGLU
+from polyglu.model.feed_forward import PolyGLU
 from polyglu.model.generation import MAX_TOKENS, next_token_logits, open_decoder
+from polyglu.model.layers import ROUTER_WIDTH
 from polyglu.model.model import describe_shape, load_checkpoint, save_portable
 
 D, F, K = 16, 24, 4

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from polyglu.model.architecture import RMSNorm, Rope
+from polyglu.model.architecture import KernelRMSNorm
 from polyglu.model.config import KernelName
 from polyglu.model.kernels import norm
 from polyglu.model.kernels.norm import norm_serves, rms_norm_op
+from polyglu.model.layers import Rope
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +26,7 @@ def angles(*shape: int) -> Rope:
 
 def results(kernels: KernelName, x: Tensor, rope: Rope | None, autocast: bool = False) -> list[Tensor]:
     """Output and gradients of input and weight."""
-    layer = RMSNorm(x.shape[-1], 1e-6, kernels)
+    layer = KernelRMSNorm(x.shape[-1], 1e-6, kernels)
     with torch.no_grad():
         layer.weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
     x = x.clone().requires_grad_()
