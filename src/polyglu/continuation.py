@@ -63,7 +63,7 @@ def continue_texts(opened: Inference, prompts: Sequence[Sequence[int]], sampling
         prompts,
         max_new_tokens=sampling.max_new_tokens,
         tau=opened.tau,
-        eos_ids=opened.end_ids,
+        eos_ids=opened.tokenizer.end_ids,
         stop=stop_rule(opened.tokenizer, sampling.stop),
         temperature=sampling.temperature,
         top_k=sampling.top_k,

@@ -67,6 +67,18 @@ def two_sided_p(t: Any, freedom: int) -> Any:
     return 2 * stdtr(freedom, -np.abs(t))
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected so that the chance of any false claim among them stays at the level (Holm 1979).
+
+    The i-th smallest of m, from 0, is multiplied by m - i; none becomes smaller than the one before it, or above 1.
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
 def _interval(mean: float, stderr: float, n: int) -> Estimate:
     half = t_quantile(n - 1) * stderr
     return Estimate(mean, mean - half, mean + half, n, stderr)

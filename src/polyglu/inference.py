@@ -35,11 +35,6 @@ class Inference(NamedTuple):
     routing_scope: RoutingScope
     """The scope the model was trained with."""
 
-    @property
-    def end_ids(self) -> list[int]:
-        """Tokens that end a text: a document's end, and a turn's where the tokenizer has one."""
-        return [end for end in (self.tokenizer.eos_id, self.tokenizer.im_end_id) if end is not None]
-
 
 def open_for_inference(checkpoint: str | Path, tokenizer: str | None = None, device: str = "cpu") -> Inference:
     """Load a checkpoint and the tokenizer it was trained with.

@@ -43,8 +43,8 @@ def write_report(results: Mapping[str, Any], output: Path) -> None:
     for name, figure in ((CURVES, curves), (DIFFERENCES, differences)):
         write_atomically(output / name, partial(_write, to_png(figure)))
     figures: list[Block] = [
-        page_figure(differences, _differences_in_words(results), "Difference in held-out loss", means, wide=True),
-        page_figure(curves, _curves_in_words(results), "Training loss", ends, wide=True),
+        page_figure(differences, _differences_in_words(results), "", means, wide=True),
+        page_figure(curves, _curves_in_words(results), "", ends, wide=True),
     ]
     write_text(output / PAGE, render(build_page(results, figures)))
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from polyglu.estimates import LEVEL, Estimate, estimate, two_sided_p
+from polyglu.estimates import LEVEL, Estimate, estimate, holm, two_sided_p
 
 Outcome = Literal["lower", "higher", "undecided", "untested"]
 
@@ -50,18 +50,6 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
     if found.stderr == 0:  # equal to the last bit
         return Difference(found, 1.0 if found.mean == 0 else 0.0)
     return Difference(found, float(two_sided_p(found.mean / found.stderr, found.n - 1)))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values corrected so that the chance of any false claim among them stays at the level (Holm 1979).
-
-    The i-th smallest of m, from 0, is multiplied by m - i; none becomes smaller than the one before it, or above 1.
-    """
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = largest
-    return adjusted
 
 
 def corrected(differences: Mapping[str, Difference]) -> dict[str, Difference]:

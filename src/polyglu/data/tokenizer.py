@@ -67,6 +67,11 @@ class Tokenizer:
         self.im_start_id: int | None = self.token_id(IM_START)
         self.im_end_id: int | None = self.token_id(IM_END)
 
+    @property
+    def end_ids(self) -> list[int]:
+        """Tokens that end a text: a document's end, and a turn's where the vocabulary has one."""
+        return [end for end in (self.eos_id, self.im_end_id) if end is not None]
+
     def token_id(self, token: str) -> int | None:
         """Id of one token by its spelling; None if the vocabulary lacks it."""
         found: int | None = self._with_special.token_to_id(token)

@@ -117,7 +117,6 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self._batch_size, self._chat, self._seed = batch_size, chat, seed
         self._answers, self._versions = answers or Answers(), versions or {}
         self.cut: Counter[str] = Counter()
-        self._end_ids = [end for end in (tokenizer.eos_id, tokenizer.im_end_id) if end is not None]
 
     @property
     def eot_token_id(self) -> int:
@@ -254,7 +253,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             [prompt.ids for prompt in prompts],
             max_new_tokens=settings.max_gen_toks,
             tau=self._tau,
-            eos_ids=self._end_ids,
+            eos_ids=self._text.end_ids,
             stop=stop_rule(self._text, settings.until),
             temperature=settings.temperature,
             top_k=settings.top_k,

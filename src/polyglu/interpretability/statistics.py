@@ -74,11 +74,8 @@ def two_sided_p(estimate: Tensor, error: Tensor, freedom: int) -> Tensor:
 
 
 def holm(p_values: Tensor) -> Tensor:
-    """P-values ``[n]`` corrected for their number (Holm 1979): their family-wise error is that of one test."""
-    order = p_values.argsort()
-    factors = torch.arange(len(p_values), 0, -1, dtype=p_values.dtype)
-    adjusted = (p_values[order] * factors).clamp(max=1).cummax(0).values
-    return torch.empty_like(p_values).index_copy(0, order, adjusted)
+    """P-values ``[n]`` corrected for their number, as ``estimates.holm`` does."""
+    return torch.tensor(estimates.holm(p_values.tolist()), dtype=p_values.dtype)
 
 
 class Difference(NamedTuple):

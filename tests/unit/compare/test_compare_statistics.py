@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from polyglu.compare.statistics import Difference, corrected, holm, paired_difference, verdict
-from polyglu.estimates import estimate, ratio_estimate
+from polyglu.compare.statistics import Difference, corrected, paired_difference, verdict
+from polyglu.estimates import estimate, holm, ratio_estimate
 
 STUDENT = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0], [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
 """Extra hours of sleep with two drugs (Student 1908): t = -4.0621 on 9 degrees of freedom, p = 0.002833."""
