@@ -47,7 +47,8 @@ def cpu_goals(results: Results) -> list[Goal]:
         Goal("fused layer <= 1.25 x eager SwiGLU", 1.25, True, ffn),
         Goal("fused step <= 1.15 x SwiGLU twin", 1.15, True, step(CAUSAL, speed_step.TWIN)),
         Goal("fused step <= 1.0 x transformers Qwen3", 1.0, True, step(CAUSAL, speed_step.QWEN3)),
-        Goal("reference step >= 1.9 x fused, causal", 1.9, False, step("reference, causal", CAUSAL)),
+        Goal("published operations' step >= 1.9 x fused, causal", 1.9, False, step(speed_step.PUBLISHED, CAUSAL)),
+        Goal("our reference's step >= 1.9 x fused, causal", 1.9, False, step("reference, causal", CAUSAL)),
         Goal("peak memory of a step <= 1.05 x SwiGLU twin's", 1.05, True, memory),
     ]
 

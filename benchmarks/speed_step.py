@@ -1,6 +1,7 @@
 """A whole training step (``steps``): PolyGLU beside its SwiGLU twin and transformers' Qwen3 of the same shape.
 
-sides       documents kept apart, and whole rows; in each precision that the device is fast at
+sides       documents kept apart, and whole rows; in each precision that the device is fast at. "reference" is this
+            project's readable path, "published operations" what the published code does instead (``published``)
 recompute   what ``activation_checkpointing`` costs and saves
 rows        of a micro batch, on a GPU
 DeepSpeed   ZeRO-2 on one rank beside the plain engine, taking turns in one process started by the launcher
@@ -14,6 +15,7 @@ from functools import partial
 
 import torch
 from measure import as_table
+from published import published_step
 from rich.table import Table
 from speed_ranks import DEEPSPEED, PLAIN, launch
 from steps import Setting, peak_of_device, qwen3_step, step_columns, training_step, with_work
@@ -22,7 +24,7 @@ from turns import Build, Group, Rows, compare, measure_groups
 from polyglu.model.config import ModelConfig
 from polyglu.training.devices import compute_dtype
 
-TWIN, QWEN3 = "SwiGLU twin", "transformers Qwen3"
+TWIN, QWEN3, PUBLISHED = "SwiGLU twin", "transformers Qwen3", "published operations"
 RECOMPUTED = ("none", "hidden", "ffn", "full")
 
 
@@ -79,8 +81,10 @@ def sides(setting: Setting) -> dict[str, Build]:
     }
     if on_gpu and importlib.util.find_spec("flash_attn") is not None:
         builds[f"{QWEN3}, flash_attention_2"] = partial(qwen3_step, setting, "flash_attention_2")
-    if not on_gpu:  # on a GPU, its weights of every token, neuron and activation would not fit
+    if not on_gpu:  # on a GPU, what these make for every token, neuron and activation would not fit
         builds["reference, causal"] = partial(training_step, causal.with_model(kernels="reference"))
+        if setting.document >= setting.model.seq_length:
+            builds[PUBLISHED] = partial(published_step, setting)
     return builds
 
 

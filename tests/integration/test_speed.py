@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # last: it has a file tokenize.py
 
@@ -20,10 +21,12 @@ import speed_loss  # noqa: E402
 import speed_scaling  # noqa: E402
 import speed_step  # noqa: E402
 import turns  # noqa: E402
+from published import published_logits  # noqa: E402
 from speed_ranks import DEEPSPEED, PLAIN, launch  # noqa: E402
 from steps import Setting, qwen3_step, training_step  # noqa: E402
 
 from polyglu.model.config import ModelConfig  # noqa: E402
+from polyglu.model.model import load_checkpoint  # noqa: E402
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(
@@ -131,3 +134,15 @@ def test_memory_in_a_new_process_grows_with_the_model(build: Callable[[Setting],
 def test_ranks_of_deepspeed_take_turns_with_the_plain_engine() -> None:
     rows = launch(SETTING, ranks=2, threads=1, seconds=100, rounds=2)
     assert [len(row["seconds"]["total"]) for row in rows.values()] == [2, 2] and set(rows) == {PLAIN, DEEPSPEED}
+
+
+@torch.no_grad()
+def test_published_operations_give_the_published_numbers() -> None:
+    fixture = Path(__file__).parents[1] / "fixtures/reference_model"
+    expected, tau = (
+        load_file(fixture / "expected.safetensors"),
+        json.loads((fixture / "expected.json").read_text())["tau"],
+    )
+    model = load_checkpoint(fixture / "portable.pt")[0]
+    logits = published_logits(model, expected["input_ids"], tau, expected["gumbel_noise"])
+    torch.testing.assert_close(logits, expected["with_noise.logits"])
