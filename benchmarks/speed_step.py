@@ -81,10 +81,10 @@ def sides(setting: Setting) -> dict[str, Build]:
     }
     if on_gpu and importlib.util.find_spec("flash_attn") is not None:
         builds[f"{QWEN3}, flash_attention_2"] = partial(qwen3_step, setting, "flash_attention_2")
-    if not on_gpu:  # on a GPU, what these make for every token, neuron and activation would not fit
+    if not on_gpu:  # on a GPU, its weights of every token, neuron and activation would not fit
         builds["reference, causal"] = partial(training_step, causal.with_model(kernels="reference"))
-        if setting.document >= setting.model.seq_length:
-            builds[PUBLISHED] = partial(published_step, setting)
+    if on_gpu or setting.document >= setting.model.seq_length:  # the published code keeps documents apart on a GPU only
+        builds[PUBLISHED] = partial(published_step, setting)
     return builds
 
 

@@ -21,12 +21,13 @@ import speed_loss  # noqa: E402
 import speed_scaling  # noqa: E402
 import speed_step  # noqa: E402
 import turns  # noqa: E402
-from published import published_logits  # noqa: E402
+from published import published_cpu_loss, published_gpu_loss  # noqa: E402
 from speed_ranks import DEEPSPEED, PLAIN, launch  # noqa: E402
 from steps import Setting, qwen3_step, training_step  # noqa: E402
 
+from polyglu.data.dataloader import MicroBatch  # noqa: E402
 from polyglu.model.config import ModelConfig  # noqa: E402
-from polyglu.model.model import load_checkpoint  # noqa: E402
+from polyglu.model.model import load_checkpoint, published_name  # noqa: E402
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(
@@ -82,7 +83,10 @@ def test_the_gpus_goals_are_found_by_their_names(monkeypatch: pytest.MonkeyPatch
     row = {"seconds": {name: [1.0, 1.0] for name in ("forward", "backward", "total")}, "tokens": 1, "flops": 1}
     names = {
         "ffn": ("elementwise, x", ["kernel, causal", speed_ffn.COPY, speed_ffn.LIGER]),
-        "step": ("sides, x", ["fused, causal", "fused, sequence", "reference, sequence", speed_step.TWIN]),
+        "step": (
+            "sides, x",
+            ["fused, causal", "fused, sequence", "reference, sequence", speed_step.TWIN, speed_step.PUBLISHED],
+        ),
         "loss": ("x", [speed_loss.OURS]),
     }
     results = {
@@ -136,13 +140,20 @@ def test_ranks_of_deepspeed_take_turns_with_the_plain_engine() -> None:
     assert [len(row["seconds"]["total"]) for row in rows.values()] == [2, 2] and set(rows) == {PLAIN, DEEPSPEED}
 
 
-@torch.no_grad()
-def test_published_operations_give_the_published_numbers() -> None:
+@pytest.mark.parametrize("loss_of", [published_cpu_loss, published_gpu_loss])
+def test_published_operations_give_the_published_numbers(loss_of: Callable[..., torch.Tensor]) -> None:
     fixture = Path(__file__).parents[1] / "fixtures/reference_model"
-    expected, tau = (
-        load_file(fixture / "expected.safetensors"),
-        json.loads((fixture / "expected.json").read_text())["tau"],
-    )
+    expected = load_file(fixture / "expected.safetensors")
+    tau = json.loads((fixture / "expected.json").read_text())["tau"]
     model = load_checkpoint(fixture / "portable.pt")[0]
-    logits = published_logits(model, expected["input_ids"], tau, expected["gumbel_noise"])
-    torch.testing.assert_close(logits, expected["with_noise.logits"])
+    rows, columns = expected["input_ids"].shape
+    bounds = torch.arange(0, rows * columns + 1, columns, dtype=torch.int32)
+    batch = MicroBatch(expected["input_ids"], expected["targets"], bounds, torch.arange(rows))
+    loss = loss_of(model, batch, tau, expected["gumbel_noise"])
+    loss.backward()
+    torch.testing.assert_close(loss.detach().view(1), expected["with_noise.loss"].view(1))
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for key, gradient in expected.items():
+        if key.startswith("with_noise.grad."):
+            ours = gradients[published_name(key.removeprefix("with_noise.grad."))]
+            torch.testing.assert_close(ours, gradient, rtol=1e-4, atol=1e-6)
