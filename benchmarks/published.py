@@ -3,8 +3,8 @@
 Each elementary operation is a tensor of its own: the norm's square, mean, root and quotient; the branches of all
 activations stacked, ``[B, T, F, K]``; on the CPU keys and values repeated for each query head, scores ``[B, H, T, T]``
 under a mask made anew in each layer, and the logits of all positions. On a GPU, as published, FlashAttention keeps
-documents apart, and blocks and chunks of logits are recomputed in backward. The optimiser is ``torch.optim.AdamW`` with
-its defaults; weights have the compute dtype.
+documents apart, and blocks and chunks of logits are recomputed in backward. Weights have the compute dtype; the
+optimiser is ``torch.optim.AdamW`` with its defaults, on fp32 copies of them.
 
 The numbers are those of ``PolychromaticLM`` under ``sequence`` scope (tests/integration/test_speed.py).
 """
@@ -38,8 +38,9 @@ def published_step(setting: Setting) -> Case:
     with setting.device:
         model = PolychromaticLM(setting.model)
         model.init_weights()
-    model.to(setting.dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    masters = [weight.detach().requires_grad_() for weight in model.parameters()]
+    weights = list(model.to(setting.dtype).parameters())  # in fp32 they share memory
+    optimizer = torch.optim.AdamW(masters, lr=LEARNING_RATE)
     batch, config = setting.batch(), setting.model
     loss_of = published_gpu_loss if setting.device.type == "cuda" else published_cpu_loss
     shape = config.n_layers, setting.rows, config.d_ff, config.n_activations
@@ -49,9 +50,13 @@ def published_step(setting: Setting) -> Case:
         watch.start()
         noise = -torch.empty(shape, dtype=setting.dtype, device=setting.device).exponential_().log()
         loss_of(model, batch, next(taus), noise).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for master, weight in zip(masters, weights, strict=True):
+            master.grad, weight.grad = weight.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
         optimizer.step()
-        optimizer.zero_grad()
+        for master, weight in zip(masters, weights, strict=True):
+            if weight.dtype != master.dtype:
+                weight.data.copy_(master)
         watch.lap("step")
 
     return case
