@@ -1,6 +1,6 @@
 """Tokens/s of a training step (``steps``), PolyGLU with causal routing beside its SwiGLU twin, as sizes grow.
 
-T        length of the rows, at the same number of tokens a step; rows are whole
+T        length of the rows, at the same number of tokens a step, or on one row that is longer; rows are whole
 layers   of the model
 K        activations that a neuron chooses among
 ranks    on the CPU: ZeRO-2 with 1 and 2 ranks of one thread each, beside the plain engine with one thread
@@ -24,7 +24,7 @@ TWIN, FUSED = "SwiGLU twin", "fused, causal"
 @dataclass(frozen=True)
 class Shape:
     setting: Setting
-    """Its rows times its seq_length are the tokens of every step."""
+    """Its rows times its seq_length are the tokens of a step."""
     lengths: tuple[int, ...]
     layers: tuple[int, ...]
     activations: tuple[int, ...]
@@ -39,7 +39,11 @@ def cpu_shape() -> Shape:
     )  # fmt: skip
     setting = Setting(model, torch.device("cpu"), 8, 512, "fp32")
     return Shape(
-        setting, lengths=(512, 1024, 2048, 4096), layers=(1, 4, 16), activations=(1, 2, 3, 4, 5, 6), ranks=(1, 2)
+        setting,
+        lengths=(512, 1024, 2048, 4096, 16_384),
+        layers=(1, 4, 16),
+        activations=(1, 2, 3, 4, 5, 6),
+        ranks=(1, 2),
     )
 
 
@@ -56,8 +60,9 @@ def measure(shape: Shape, seconds: float) -> dict[str, Rows]:
     peak = peak_of_device(setting.device, [setting.precision])[setting.precision]
     groups = {}
     for length in shape.lengths:
-        changed = replace(setting.with_model(seq_length=length), rows=tokens // length, document=length)
-        groups[f"T = {length}, {tokens // length} row(s)"] = Group(1, partial(measure_pair, changed, peak))
+        rows, weight = max(1, tokens // length), max(1, length // tokens)
+        changed = replace(setting.with_model(seq_length=length), rows=rows, document=length)
+        groups[f"T = {length}, {rows} row(s)"] = Group(weight, partial(measure_pair, changed, peak))
     for layers in shape.layers:
         groups[f"layers = {layers}"] = Group(1, partial(measure_pair, setting.with_model(n_layers=layers), peak))
     for count in shape.activations:
