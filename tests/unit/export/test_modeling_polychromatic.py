@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from exports import TAU, Exported
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
+from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.generation import generate
@@ -21,6 +22,7 @@ KINDS = [
     CAUSAL, {"routing_scope": "document"}, {"routing_scope": "sequence"},
     *({**CAUSAL, "n_activations": k} for k in (1, 2, 3, 5, 6)),
     *({**CAUSAL, "routing": part} for part in ("static", "dynamic")),
+    {"routing_scope": "document", "routing": "static"},
     *({"ffn": kind} for kind in ("swiglu", "geglu", "reglu", "tanhglu")),
 ]  # fmt: skip
 SCOPES = KINDS[:2]
@@ -223,8 +225,13 @@ def test_resized_and_saved_it_comes_back_everywhere(pair: Pair, exported: Export
 def test_what_cannot_be_exact_is_refused(pair: Pair) -> None:
     _, theirs = pair(**CAUSAL)
     ids = ids_of()
-    with pytest.raises(ValueError, match="StaticCache keeps no routing sums"):
-        theirs(ids, past_key_values=StaticCache(config=theirs.config, max_cache_len=20))
+    with pytest.raises(ValueError, match="DynamicSlidingWindowLayer keeps no routing sums"):
+        theirs(ids, past_key_values=Cache(layers=[DynamicSlidingWindowLayer(4)] * 2))
+    filled = DynamicCache(config=theirs.config)
+    for index in range(theirs.config.n_layers):
+        filled.update(torch.zeros(2, 1, 3, 8), torch.zeros(2, 1, 3, 8), index)
+    with pytest.raises(ValueError, match="begin with an empty cache"):
+        theirs(ids, past_key_values=filled)
     with pytest.raises(ValueError, match="attention_mask must be"):
         theirs(ids, attention_mask=torch.ones(2, LENGTH + 1))
     with pytest.raises(ValueError, match="exactly one of"):
