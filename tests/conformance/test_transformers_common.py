@@ -48,7 +48,7 @@ class ModelUnderTest:
         return self.get_config(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-class CommonTests(common.ModelTesterMixin, common.GenerationTesterMixin, training.TrainingTesterMixin):
+class CommonTests(common.ModelTesterMixin, training.TrainingTesterMixin):
     """Their tests of a class of models; in a subclass, of ours with some settings."""
 
     settings: dict[str, Any]
@@ -68,13 +68,16 @@ class CommonTests(common.ModelTesterMixin, common.GenerationTesterMixin, trainin
         configuration.ConfigTester(self, PolychromaticConfig, d_model=37, **self.settings).run_common_tests()
 
 
-class TestCausal(CommonTests, unittest.TestCase):
+class TestCausal(CommonTests, common.GenerationTesterMixin, unittest.TestCase):
     settings = {"routing_scope": "causal"}
 
 
 class TestDocument(CommonTests, unittest.TestCase):
+    """Without their tests of ``generate``, which look into its cache: this scope has none."""
+
     settings = {"routing_scope": "document"}
+    all_generative_model_classes = ()
 
 
-class TestWithoutRouting(CommonTests, unittest.TestCase):
+class TestWithoutRouting(CommonTests, common.GenerationTesterMixin, unittest.TestCase):
     settings = {"ffn": "swiglu"}

@@ -184,7 +184,7 @@ class PolychromaticModel(PolychromaticPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = bool(use_cache) and self.config.decodes_with_cache
         if past_key_values is not None and not self.config.decodes_with_cache:
-            raise ValueError(f"routing scope '{self.config.routing_scope}' has no exact cache; pass use_cache=False")
+            raise ValueError(f"routing scope '{self.config.routing_scope}' has no exact cache; pass no past_key_values")
         if past_key_values is None and attention_mask is None and position_ids is not None:
             refuse_packed(position_ids)
         if use_cache and past_key_values is None:
@@ -287,8 +287,17 @@ class PolychromaticForCausalLM(PolychromaticPreTrainedModel, GenerationMixin):  
         )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; without a cache where a cache could not be exact, whatever ``use_cache`` says."""
+        """As in transformers; without a cache where a cache could not be exact, whatever ``use_cache`` says.
+
+        Raises:
+            ValueError: ``inputs_embeds``, which transformers continues with a cache alone, where there is none.
+        """
         if not self.config.decodes_with_cache:
+            if kwargs.get("inputs_embeds") is not None:
+                scope = self.config.routing_scope
+                raise ValueError(
+                    f"inputs_embeds need a cache, and routing scope '{scope}' has no exact one; give input_ids"
+                )
             kwargs["use_cache"] = False
         return super().generate(*args, **kwargs)
 

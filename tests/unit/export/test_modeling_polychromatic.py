@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from exports import TAU, Exported
-from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from polyglu.model.architecture import PolychromaticLM
@@ -101,10 +101,35 @@ def test_every_way_of_decoding_is_the_same_with_a_cache(pair: Pair, how: dict[st
     _, theirs = pair(**CAUSAL)
     padded, mask = left_padded(ids_of(), [4, 0])
     results = []
-    for use_cache in (True, False):
+    for cache in ({"use_cache": False}, {"use_cache": True}, {"cache_implementation": "static"}):
         torch.manual_seed(5)
-        results.append(theirs.generate(padded, attention_mask=mask, **no_end(theirs, use_cache=use_cache, **how)))
-    assert torch.equal(*results)
+        results.append(theirs.generate(padded, attention_mask=mask, **no_end(theirs, **cache, **how)))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("drafts", ["of another model", "of itself", "of the prompt"])
+def test_drafted_tokens_change_nothing(pair: Pair, drafts: str) -> None:
+    """Assisted decoding rejects drafts, and crops the cache."""
+    _, theirs = pair(**CAUSAL)
+    assistant = {"of another model": pair(ffn="swiglu")[1], "of itself": theirs}.get(drafts)
+    how = {"prompt_lookup_num_tokens": 3} if assistant is None else {"assistant_model": assistant}
+    ids = ids_of(rows=1).repeat(1, 2)
+    expected = theirs.generate(ids, **no_end(theirs))
+    assert torch.equal(theirs.generate(ids, **no_end(theirs, **how)), expected)
+
+
+@torch.no_grad()
+def test_static_cache_goes_on_and_begins_again(pair: Pair) -> None:
+    _, theirs = pair(**CAUSAL)
+    padded, mask = left_padded(ids_of(), [4, 0])
+    whole = theirs(padded, attention_mask=mask).logits
+    cache = StaticCache(config=theirs.config, max_cache_len=LENGTH + 3)
+    for _ in range(2):
+        theirs(padded[:, :6], attention_mask=mask[:, :6], past_key_values=cache)
+        for end in range(7, LENGTH + 1):
+            step = theirs(padded[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=cache)
+            torch.testing.assert_close(step.logits, whole[:, end - 1 : end], atol=5e-6, rtol=0)
+        cache.reset()
 
 
 @torch.no_grad()
@@ -152,6 +177,8 @@ def test_outputs(pair: Pair, exported: Exported) -> None:
     assert [state.shape for state in out.hidden_states] == [(2, LENGTH, width)] * (layers + 1)
     assert torch.equal(theirs(ids, return_dict=False)[0], out.logits)
     assert torch.equal(theirs(ids, logits_to_keep=1).logits, out.logits[:, -1:])
+    kept = torch.tensor([[2, 5], [0, 13]])
+    assert torch.equal(theirs(ids, logits_to_keep=kept).logits, out.logits[torch.arange(2)[:, None], kept])
     positions = torch.arange(LENGTH)[None].expand(2, -1)
     assert torch.equal(theirs(ids, position_ids=positions).logits, out.logits)
     assert (theirs(ids, position_ids=positions * 2).logits - out.logits).abs().max() > 1e-3
@@ -236,7 +263,11 @@ def test_what_cannot_be_exact_is_refused(pair: Pair) -> None:
         theirs(ids, attention_mask=torch.ones(2, LENGTH + 1))
     with pytest.raises(ValueError, match="exactly one of"):
         theirs(ids, inputs_embeds=torch.zeros(2, LENGTH, 16))
+    with pytest.raises(ValueError, match="position_ids begin again"):
+        theirs(ids, position_ids=torch.arange(LENGTH)[None] % 9)
     _, document = pair(routing_scope="document")
+    with pytest.raises(ValueError, match="give input_ids"):
+        document.generate(inputs_embeds=document.get_input_embeddings()(ids))
     with pytest.raises(ValueError, match="no exact cache"):
         document(ids, past_key_values=DynamicCache())
     assert document(ids, use_cache=True).past_key_values is None
