@@ -25,7 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from polyglu.export.cache_polychromatic import with_routing
 from polyglu.export.configuration_polychromatic import PolychromaticConfig
-from polyglu.model.layers import GLU, AttentionHeads, RMSNorm, RoutedGLU, reference_mixture, rotary_tables
+from polyglu.model.layers import GLU, AttentionHeads, RMSNorm, RoutedGLU, Router, reference_mixture, rotary_tables
 
 
 class PolychromaticAttention(AttentionHeads):
@@ -60,11 +60,27 @@ def eager_attention(
     return (weights @ v).transpose(1, 2), weights
 
 
+class PolychromaticRouter(Router):
+    """The same function, by calls of its layers alone: what wraps a layer (offloading, quantising, LoRA) then serves.
+
+    Its mean is taken with the bias, which no padding adds.
+    """
+
+    def project(self, x: Tensor) -> Tensor:
+        """What the mean is taken of: ``[..., D]`` -> fp32 ``[..., R]``."""
+        return self.hidden(x).float()  # type: ignore[no-any-return]
+
+    def logits(self, mean: Tensor) -> Tensor:
+        """Of a mean, in the dtype of the weights, which is fp32 after loading: ``[..., R]`` -> fp32 ``[..., K]``."""
+        with torch.autocast(mean.device.type, enabled=False):
+            return self.out(torch.relu(mean).to(self.out.weight.dtype)).float()  # type: ignore[no-any-return]
+
+
 class PolychromaticMLP(RoutedGLU):
     """Routed feed-forward layer over rows that may be padded."""
 
     def __init__(self, config: PolychromaticConfig, layer_idx: int) -> None:
-        super().__init__(config.d_model, config.d_ff, config.n_activations, config.routing)
+        super().__init__(config.d_model, config.d_ff, config.n_activations, config.routing, PolychromaticRouter)
         self.running = config.pools and config.routing_scope == "causal"
         self.tau, self.layer_idx = config.tau, layer_idx
 

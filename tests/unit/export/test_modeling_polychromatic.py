@@ -234,6 +234,18 @@ def test_bf16_keeps_positions_and_routing_in_fp32(pair: Pair, exported: Exported
 
 
 @torch.no_grad()
+def test_layers_may_lie_on_disk(pair: Pair, exported: Exported, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="device_map needs the package accelerate")
+    _, theirs = pair(**CAUSAL)
+    parts = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.layers.0": "cpu"}
+    where = {"device_map": parts | {"model.layers.1": "disk"}, "offload_folder": tmp_path}
+    folder = exported(**CAUSAL)[1]
+    offloaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **where)
+    assert offloaded.model.layers[1].mlp.alpha.device.type == "meta"
+    assert torch.equal(offloaded(ids_of()).logits, theirs(ids_of()).logits)
+
+
+@torch.no_grad()
 def test_resized_and_saved_it_comes_back_everywhere(pair: Pair, exported: Exported, tmp_path: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(exported(**CAUSAL)[1], trust_remote_code=True)
     ids, before = ids_of(), theirs(ids_of()).logits
