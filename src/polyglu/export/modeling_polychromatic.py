@@ -61,9 +61,9 @@ def eager_attention(
 
 
 class PolychromaticRouter(Router):
-    """The same function, by calls of its layers alone: what wraps a layer (offloading, quantising, LoRA) then serves.
+    """The same function, by calls of its layers alone: so what wraps a layer (offloading, quantising, LoRA) works.
 
-    Its mean is taken with the bias, which no padding adds.
+    The bias is added before the mean is taken, not after.
     """
 
     def project(self, x: Tensor) -> Tensor:
@@ -149,11 +149,8 @@ class PolychromaticPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 
     def __init__(self, config: PolychromaticConfig) -> None:
         super().__init__(config)
-        routed = [
-            *(["alpha"] if config.routing != "dynamic" else []),
-            *(["beta", "router.out"] if config.pools else []),
-        ]
-        self._keep_in_fp32_modules_strict = routed if config.ffn == "polyglu" else []
+        kept = {"both": ("alpha", "beta", "router.out"), "static": ("alpha",), "dynamic": ("beta", "router.out")}
+        self._keep_in_fp32_modules_strict = kept[config.routing] if config.ffn == "polyglu" else ()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -233,17 +230,16 @@ def make_masks(
         ValueError: a mask of another shape.
     """
     past = 0 if cache is None else cache.get_seq_length()
-    attention = create_causal_mask(config, x, attention_mask, cache)
+    new = slice(-x.shape[1], None)
     if attention_mask is None:
-        places = torch.arange(x.shape[1], device=x.device) + past
-        return {"attention": attention, "seen": None, "positions": places[None]}
-    shape = [x.shape[0], past + x.shape[1]]
-    # The length of a static cache is a tensor, for which a compiled step does not wait.
-    if isinstance(past, int) and [*attention_mask.shape] != shape:
-        raise ValueError(f"attention_mask must be {shape}, rows and positions; got {[*attention_mask.shape]}")
-    seen = attention_mask.bool()
-    places = (seen.long().cumsum(1) - 1).clamp(min=0)[:, -x.shape[1] :]
-    return {"attention": attention, "seen": seen[:, -x.shape[1] :], "positions": places}
+        seen, places = None, (torch.arange(x.shape[1], device=x.device) + past)[None]
+    else:
+        shape = [x.shape[0], past + x.shape[1]]
+        # The length of a static cache is a tensor, for which a compiled step does not wait.
+        if isinstance(past, int) and [*attention_mask.shape] != shape:
+            raise ValueError(f"attention_mask must be {shape}, rows and positions; got {[*attention_mask.shape]}")
+        seen, places = attention_mask[:, new].bool(), (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, new]
+    return {"attention": create_causal_mask(config, x, attention_mask, cache), "seen": seen, "positions": places}
 
 
 def refuse_packed(position_ids: Tensor) -> None:
@@ -271,7 +267,7 @@ class PolychromaticForCausalLM(PolychromaticPreTrainedModel, GenerationMixin):  
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Any] | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
