@@ -9,6 +9,7 @@ SEED ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+TESTS := $(VENV)/share/transformers-source
 
 .PHONY: demo test check torture mutation format clean
 
@@ -40,9 +41,14 @@ format: $(READY)
 clean:
 	rm -rf $(VENV) runs/demo
 
+# transformers' own tests are in its source distribution alone. Without it (no network), tests/conformance is skipped.
 # Torch is named first and exactly, so that the pinned version is installed and no other.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[all,dev]'
+	rm -rf $(TESTS) && mkdir -p $(TESTS)
+	$(BIN)/pip download --quiet --no-deps --no-binary :all: --dest $(TESTS) "$$(grep '^transformers==' constraints.txt)" && \
+		tar -xzf $(TESTS)/*.tar.gz -C $(TESTS) --strip-components=1 && rm $(TESTS)/*.tar.gz || \
+		echo "transformers' own tests could not be fetched: tests/conformance will be skipped" >&2
 	touch $(READY)

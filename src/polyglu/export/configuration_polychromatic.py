@@ -52,6 +52,11 @@ class PolychromaticConfig(PreTrainedConfig):  # type: ignore[misc]
     eos_token_id: int | list[int] | None = None
 
     @property
+    def pools(self) -> bool:
+        """Whether neurons choose by a mean of what is read."""
+        return self.ffn == "polyglu" and self.routing != "static"
+
+    @property
     def decodes_with_cache(self) -> bool:
         """Whether a new token leaves the positions before it as they are."""
-        return self.ffn != "polyglu" or self.routing_scope == "causal"
+        return not self.pools or self.routing_scope == "causal"

@@ -5,12 +5,13 @@
     tokenizer ─► tokenizer.json, tokenizer_config.json, chat_template.jinja
     run, results, figures ─► README.md
 
-The folder is made under a temporary name and renamed. Its code needs torch and transformers, not this package.
+The folder is made in a hidden one beside it, and renamed. Its code needs torch and transformers, not this package.
 """
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,14 +24,14 @@ from polyglu.errors import PolygluError, run_command
 from polyglu.export.card import model_card, read_results, read_run
 from polyglu.export.configuration_polychromatic import PolychromaticConfig
 from polyglu.export.modeling_polychromatic import PolychromaticForCausalLM
-from polyglu.files import TEMPORARY_SUFFIX, check_writable, flush, sha256, write_text
+from polyglu.files import check_writable, exclusive, flush, sha256, write_text
 from polyglu.inference import open_tokenizer
 from polyglu.logs import configure_logging
 from polyglu.model.folder import CONFIG_FILE, read_description, weight_files, weights_digest
-from polyglu.model.model import Checkpoint, describe_shape, read_checkpoint
+from polyglu.model.model import Checkpoint, check_shapes, describe_shape, read_checkpoint
 
-CODE = ("export/configuration_polychromatic.py", "export/modeling_polychromatic.py", "model/layers.py",
-        "model/activations.py")  # fmt: skip
+CODE = ("export/configuration_polychromatic.py", "export/modeling_polychromatic.py", "export/cache_polychromatic.py",
+        "model/layers.py", "model/activations.py")  # fmt: skip
 """Files of the package that an exported model runs; they import each other, torch and transformers alone."""
 AUTO_MAP = {
     "AutoConfig": "configuration_polychromatic.PolychromaticConfig",
@@ -78,10 +79,13 @@ def export(
         max_shard_size: of a file of weights.
 
     Raises:
-        PolygluError: the folder holds something else, or one of the inputs is not what it should be.
+        PolygluError: the folder holds something else, another export to it is going on, or one of the inputs is not
+            what it should be.
     """
+    folder = folder.resolve()  # through a link to where it leads
     check_replaceable(folder)
     checkpoint = read_checkpoint(source)
+    check_shapes(checkpoint.weights, checkpoint.config, source)
     text, digest = open_tokenizer(source, checkpoint, tokenizer), weights_digest(source)
     settings = [read_run(run, checkpoint) for run in runs]
     scores = [read_results(file, digest) for file in results]
@@ -89,10 +93,7 @@ def export(
     if figures and not pictures:
         raise PolygluError(f"--figures {figures} has no .png files; give a folder that polyglu analyze has written.")
     identity = {"name": checkpoint.tokenizer.get("name", text.name), "fingerprint": text.fingerprint}
-    new = folder.with_name(folder.name + TEMPORARY_SUFFIX)
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        new.mkdir(parents=True)
+    with replacing(folder) as new:
         save_model(new, checkpoint, identity, text, max_shard_size)
         write_code(new)
         save_tokenizer(new, text, checkpoint.config.seq_length)
@@ -102,9 +103,6 @@ def export(
         hashes = {f"checkpoint {source.name}": digest} | {file.name: sha256(file) for file in weight_files(new)}
         names = [f"figures/{picture.name}" for picture in pictures]
         write_text(new / "README.md", model_card(folder.name, checkpoint, hashes, settings, scores, names))
-        _put_in_place(new, folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def check_replaceable(folder: Path) -> None:
@@ -173,22 +171,39 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, seq_length: int) -> None:
     tokenizer.save(folder)  # as it is, not as transformers lays it out
 
 
-def _put_in_place(new: Path, folder: Path) -> None:
-    """Flush a finished folder and give it its name; one that has it goes, and comes back if that fails."""
-    for path in [*new.rglob("*"), new]:
-        flush(path)
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    try:
-        new.rename(folder)
-    except BaseException:
-        if old.exists():
-            old.rename(folder)
-        raise
-    flush(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Yield a new folder; filled without an error, it is flushed and gets the name of ``folder``, whose export goes.
+
+    Both lie meanwhile in a hidden folder beside it. What a killed export has left there is put back, or removed.
+    """
+    work = folder.with_name(f".{folder.name}.export")
+    new, old = work / "new", work / "old"
+    left = work.exists()  # else it is removed by what makes it
+    with exclusive(work):
+        try:
+            _tidy(work, folder)
+            new.mkdir()
+            yield new
+            for path in [*new.rglob("*"), new]:
+                flush(path)
+            check_replaceable(folder)  # still
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+            flush(folder.parent)
+        finally:
+            _tidy(work, folder)
+            if left:
+                work.rmdir()
+
+
+def _tidy(work: Path, folder: Path) -> None:
+    """Empty the hidden folder; an earlier export in it goes back where there is no new one."""
+    if (work / "old").exists() and not folder.exists():
+        (work / "old").rename(folder)
+    for path in (work / "new", work / "old"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def main(

@@ -9,16 +9,19 @@ from polyglu.errors import PolygluError, run_command
 from polyglu.files import check_writable
 from polyglu.inference import open_tokenizer
 from polyglu.logs import configure_logging
-from polyglu.model.model import load_checkpoint, read_checkpoint, save_portable
+from polyglu.model.model import Checkpoint, check_shapes, read_checkpoint, save_portable
 
 
-def import_checkpoint(source: Path, target: Path, tokenizer: str | None = None) -> None:
+def import_checkpoint(source: Path, target: Path, tokenizer: str | None = None) -> Checkpoint:
     """Write what ``load_checkpoint`` reads as a portable file. Code in the folder is never executed.
 
     Args:
         source: exported folder, or published layout (``.pt``, safetensors file or folder).
         target: ``.pt`` file to make.
         tokenizer: name or path, for a checkpoint that does not say which it was trained with.
+
+    Returns:
+        What was read.
 
     Raises:
         PolygluError: the target exists, no checkpoint, or a tokenizer that does not fit it.
@@ -29,11 +32,12 @@ def import_checkpoint(source: Path, target: Path, tokenizer: str | None = None) 
         raise PolygluError(f"{target} must end in .pt, which is how a portable checkpoint is known.")
     check_writable(target.parent, "folder")
     checkpoint = read_checkpoint(source)
-    load_checkpoint(source)  # the weights are those of the config
+    check_shapes(checkpoint.weights, checkpoint.config, source)
     identity = checkpoint.tokenizer
     if tokenizer is not None:
         identity = open_tokenizer(source, checkpoint, tokenizer).identity()
     save_portable(target, checkpoint.weights, checkpoint.config, checkpoint.step, checkpoint.tau, identity)
+    return checkpoint
 
 
 def main(
@@ -45,8 +49,8 @@ def main(
 ) -> None:
     """Write an exported folder or a published checkpoint as a portable file."""
     configure_logging()
-    import_checkpoint(source, target, tokenizer)
-    typer.echo(f"imported: {target}", err=True)
+    read = import_checkpoint(source, target, tokenizer)
+    typer.echo(f"imported: {target}, of step {read.step:,} and routing temperature {read.tau:g}", err=True)
 
 
 if __name__ == "__main__":

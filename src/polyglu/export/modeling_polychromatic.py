@@ -1,9 +1,10 @@
 """PolychromaticLM for transformers. Deterministic, in training too: no Gumbel noise, the routing temperature is fixed.
 
 Padding is invisible to attention and to routing: positions and routing means count what ``attention_mask`` shows. Rows
-are not packed; ``position_ids`` only rotate. A cache keeps, beside keys and values, the routing input's running sums,
-so it can be reordered, repeated and cropped. Under ``document`` and ``sequence`` scope each token changes the routing
-of all positions: then nothing is cached, and ``generate`` runs the whole row for each token.
+are not packed; ``position_ids`` only rotate. A cache keeps, beside keys and values, the running sums of the routing
+input and of the positions that count, so it can be reordered, repeated and cropped. Under ``document`` and ``sequence``
+scope each token changes the routing of all positions: then nothing is cached, and ``generate`` runs the whole row for
+each token.
 
 Shapes: B rows, T new positions, P = past + T positions, D d_model, K activations, R width of the router.
 """
@@ -14,79 +15,17 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from polyglu.export.cache_polychromatic import with_routing
 from polyglu.export.configuration_polychromatic import PolychromaticConfig
-from polyglu.model.layers import GLU, AttentionHeads, RMSNorm, RoutedGLU, reference_mixture, rotary_tables
-
-
-class RoutedCacheLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values of a layer, and the running sum of its routing input at each position: fp32 ``[B, P, R]``."""
-
-    totals: Tensor | None = None
-
-    def add(self, projected: Tensor) -> Tensor:
-        """Append positions ``[B, T, R]``; their running sums, ``[B, T, R]``."""
-        new = projected.cumsum(1)
-        if self.totals is None:
-            self.totals = new
-        else:
-            new = new + self.totals[:, -1:]
-            self.totals = torch.cat((self.totals, new), dim=1)
-        return new
-
-    def reset(self) -> None:
-        """Forget everything."""
-        super().reset()
-        self.totals = None
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last positions; their number is given as a negative one."""
-        super().crop(tokens_to_remove)
-        if tokens_to_remove and self.totals is not None:
-            self.totals = self.totals[:, :tokens_to_remove] if self.get_seq_length() else None
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take each row from another one."""
-        super().reorder_cache(beam_idx)
-        if self.totals is not None:
-            self.totals = self.totals.index_select(0, beam_idx.to(self.totals.device))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row."""
-        super().batch_repeat_interleave(repeats)
-        if self.totals is not None:
-            self.totals = self.totals.repeat_interleave(repeats, dim=0)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
-        super().batch_select_indices(indices)
-        if self.totals is not None:
-            self.totals = self.totals[indices]
-
-
-def with_routing(cache: Cache, n_layers: int) -> Cache:
-    """Let an empty dynamic cache keep routing sums as well; changed in place.
-
-    Raises:
-        ValueError: another kind of cache, or one that another model has filled.
-    """
-    if not isinstance(cache, DynamicCache):
-        raise ValueError(f"{type(cache).__name__} keeps no routing sums; this model needs a DynamicCache")
-    for index in range(n_layers):
-        if index == len(cache.layers):
-            cache.layers.append(RoutedCacheLayer())
-        elif not isinstance(cache.layers[index], RoutedCacheLayer):
-            if type(cache.layers[index]) is not DynamicLayer or cache.layers[index].get_seq_length():
-                raise ValueError("past_key_values holds positions without routing sums; begin with an empty cache")
-            cache.layers[index] = RoutedCacheLayer()
-    return cache
+from polyglu.model.layers import GLU, AttentionHeads, RMSNorm, RoutedGLU, Router, reference_mixture, rotary_tables
 
 
 class PolychromaticAttention(AttentionHeads):
@@ -121,23 +60,43 @@ def eager_attention(
     return (weights @ v).transpose(1, 2), weights
 
 
+class PolychromaticRouter(Router):
+    """The same function, by calls of its layers alone: so what wraps a layer (offloading, quantising, LoRA) works.
+
+    The bias is added before the mean is taken, not after.
+    """
+
+    def project(self, x: Tensor) -> Tensor:
+        """What the mean is taken of: ``[..., D]`` -> fp32 ``[..., R]``."""
+        return self.hidden(x).float()  # type: ignore[no-any-return]
+
+    def logits(self, mean: Tensor) -> Tensor:
+        """Of a mean, in the dtype of the weights, which is fp32 after loading: ``[..., R]`` -> fp32 ``[..., K]``."""
+        with torch.autocast(mean.device.type, enabled=False):
+            return self.out(torch.relu(mean).to(self.out.weight.dtype)).float()  # type: ignore[no-any-return]
+
+
 class PolychromaticMLP(RoutedGLU):
     """Routed feed-forward layer over rows that may be padded."""
 
     def __init__(self, config: PolychromaticConfig, layer_idx: int) -> None:
-        super().__init__(config.d_model, config.d_ff, config.n_activations, config.routing)
-        self.causal, self.tau, self.layer_idx = config.routing_scope == "causal", config.tau, layer_idx
+        super().__init__(config.d_model, config.d_ff, config.n_activations, config.routing, PolychromaticRouter)
+        self.running = config.pools and config.routing_scope == "causal"
+        self.tau, self.layer_idx = config.tau, layer_idx
 
-    def forward(self, x: Tensor, seen: Tensor, cache: Cache | None) -> Tensor:
-        """``[B, T, D]`` -> ``[B, T, D]``; ``seen`` says which of ``[B, P]`` positions are no padding."""
-        new = seen[:, -x.shape[1] :, None]
-        projected = self.router.project(x).masked_fill(~new, 0.0)
-        if self.causal:
-            layer = RoutedCacheLayer() if cache is None else cache.layers[self.layer_idx]
-            total, count = layer.add(projected), seen.cumsum(1)[:, -x.shape[1] :, None]
+    def forward(self, x: Tensor, seen: Tensor | None, cache: Cache | None) -> Tensor:
+        """``[B, T, D]`` -> ``[B, T, D]``; ``seen`` says which of ``[B, T]`` positions are no padding, if any is."""
+        projected = self.router.project(x)
+        counted = torch.cat((projected, torch.ones_like(projected[..., :1])), dim=-1)
+        if seen is not None:
+            counted = counted.masked_fill(~seen[..., None], 0.0)
+        if not self.running:
+            sums = counted.sum(1, keepdim=True)
+        elif cache is None:
+            sums = counted.cumsum(1)
         else:
-            total, count = projected.sum(1, keepdim=True), seen.sum(1)[:, None, None]
-        token_logits = self.logits_of(total / count.clamp(min=1))  # [B, T or 1, K]
+            sums = cache.layers[self.layer_idx].add(counted)
+        token_logits = self.logits_of(sums[..., :-1] / sums[..., -1:].clamp(min=1))  # [B, T or 1, K]
         mixed = reference_mixture(self.gate_proj(x), self.alpha.float()[None], token_logits, self.tau)
         return self.down_proj(mixed * self.up_proj(x))  # type: ignore[no-any-return]
 
@@ -154,7 +113,12 @@ class PolychromaticDecoderLayer(GradientCheckpointingLayer):  # type: ignore[mis
         self.mlp = PolychromaticMLP(config, layer_idx) if routed else GLU(config.d_model, config.d_ff, config.ffn)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Any, seen: Tensor, past_key_values: Cache | None = None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Any,
+        seen: Tensor | None,
+        past_key_values: Cache | None = None,
     ) -> Tensor:
         """``[B, T, D]`` -> ``[B, T, D]``."""
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, past_key_values)[0]
@@ -173,14 +137,20 @@ class PolychromaticPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     supports_gradient_checkpointing = True
     _no_split_modules = ("PolychromaticDecoderLayer",)
     _skip_keys_device_placement = ("past_key_values",)
-    _keep_in_fp32_modules_strict = ("alpha", "beta", "router.out")
     _supports_flash_attn = True
     _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
     _supports_attention_backend = True
     _can_record_outputs = {  # noqa: RUF012  # as transformers declares it
         "hidden_states": PolychromaticDecoderLayer,
         "attentions": PolychromaticAttention,
     }
+
+    def __init__(self, config: PolychromaticConfig) -> None:
+        super().__init__(config)
+        kept = {"both": ("alpha", "beta", "router.out"), "static": ("alpha",), "dynamic": ("beta", "router.out")}
+        self._keep_in_fp32_modules_strict = kept[config.routing] if config.ffn == "polyglu" else ()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -209,7 +179,7 @@ class PolychromaticModel(PolychromaticPreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Any] | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
@@ -219,40 +189,67 @@ class PolychromaticModel(PolychromaticPreTrainedModel):
         """Normalised features ``[B, T, D]`` of tokens ``[B, T]`` or their embeddings ``[B, T, D]``.
 
         Raises:
-            ValueError: both or neither of tokens and embeddings, a mask that is not ``[B, P]``, or a cache that cannot
-                be exact.
+            ValueError: both or neither of tokens and embeddings, a mask that is not ``[B, P]``, packed rows, or a cache
+                that cannot be exact.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = bool(use_cache) and self.config.decodes_with_cache
         if past_key_values is not None and not self.config.decodes_with_cache:
-            raise ValueError(f"routing scope '{self.config.routing_scope}' has no exact cache; pass use_cache=False")
+            raise ValueError(f"routing scope '{self.config.routing_scope}' has no exact cache; pass no past_key_values")
+        if past_key_values is None and attention_mask is None and position_ids is not None:
+            refuse_packed(position_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        if past_key_values is not None:
+        if past_key_values is not None and self.config.pools:
             past_key_values = with_routing(past_key_values, self.config.n_layers)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        seen = self._seen(x, past, attention_mask)
-        if position_ids is None:
-            position_ids = (seen.cumsum(1) - 1).clamp(min=0)[:, past:]
-        mask = create_causal_mask(self.config, x, None if seen.all() else seen, past_key_values)
-        rope = tuple(table.unsqueeze(-2) for table in rotary_tables(position_ids, self.config.head_dim))
+        if isinstance(attention_mask, dict):  # made before the call
+            masks = attention_mask
+        else:
+            masks = make_masks(self.config, x, attention_mask, past_key_values)
+        places = masks["positions"] if position_ids is None else position_ids
+        rope = tuple(table.unsqueeze(-2) for table in rotary_tables(places, self.config.head_dim))
         for layer in self.layers:
-            x = layer(x, rope, mask, seen, past_key_values=past_key_values)
+            x = layer(x, rope, masks["attention"], masks["seen"], past_key_values=past_key_values)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(x), past_key_values=past_key_values if use_cache else None
         )
 
-    @staticmethod
-    def _seen(x: Tensor, past: int, attention_mask: Tensor | None) -> Tensor:
-        """Which positions are no padding: bool ``[B, P]``."""
-        shape = x.shape[0], past + x.shape[1]
-        if attention_mask is None:
-            return torch.ones(shape, dtype=torch.bool, device=x.device)
-        if attention_mask.shape != shape:
-            raise ValueError(f"attention_mask must be {list(shape)}, rows and positions; got {[*attention_mask.shape]}")
-        return attention_mask.bool()
+
+def make_masks(
+    config: PolychromaticConfig, x: Tensor, attention_mask: Tensor | None, cache: Cache | None
+) -> dict[str, Any]:
+    """What follows from ``attention_mask`` ``[B, P]`` for the new positions ``[B, T, D]``.
+
+    Returns:
+        ``attention``: the mask that the attention function takes; ``seen``: which positions are no padding ``[B, T]``,
+        absent if all are; ``positions``: their places in their rows, padding not counted ``[B or 1, T]``.
+
+    Raises:
+        ValueError: a mask of another shape.
+    """
+    past = 0 if cache is None else cache.get_seq_length()
+    new = slice(-x.shape[1], None)
+    if attention_mask is None:
+        seen, places = None, (torch.arange(x.shape[1], device=x.device) + past)[None]
+    else:
+        shape = [x.shape[0], past + x.shape[1]]
+        # The length of a static cache is a tensor, for which a compiled step does not wait.
+        if isinstance(past, int) and [*attention_mask.shape] != shape:
+            raise ValueError(f"attention_mask must be {shape}, rows and positions; got {[*attention_mask.shape]}")
+        seen, places = attention_mask[:, new].bool(), (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, new]
+    return {"attention": create_causal_mask(config, x, attention_mask, cache), "seen": seen, "positions": places}
+
+
+def refuse_packed(position_ids: Tensor) -> None:
+    """Tell documents packed into a row from the positions, as transformers does; attention would cross their borders.
+
+    Raises:
+        ValueError: positions ``[B, T]`` begin again within a row.
+    """
+    if not torch.compiler.is_compiling() and (position_ids.diff(dim=-1) <= 0).any():
+        raise ValueError("position_ids begin again within a row; this model takes one document a row, not packed ones")
 
 
 class PolychromaticForCausalLM(PolychromaticPreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -270,7 +267,7 @@ class PolychromaticForCausalLM(PolychromaticPreTrainedModel, GenerationMixin):  
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Any] | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
@@ -279,7 +276,7 @@ class PolychromaticForCausalLM(PolychromaticPreTrainedModel, GenerationMixin):  
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits ``[B, T, V]``, of the last ``logits_to_keep`` positions if that is not 0; the loss, given labels."""
+        """Logits ``[B, T, V]``, or those to keep (the last ones, or by index); the loss, given labels."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -289,8 +286,7 @@ class PolychromaticForCausalLM(PolychromaticPreTrainedModel, GenerationMixin):  
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -303,7 +299,27 @@ class PolychromaticForCausalLM(PolychromaticPreTrainedModel, GenerationMixin):  
         )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; without a cache where a cache could not be exact, whatever ``use_cache`` says."""
+        """As in transformers; without a cache where a cache could not be exact, whatever ``use_cache`` says.
+
+        Raises:
+            ValueError: ``inputs_embeds``, which transformers continues with a cache alone, where there is none.
+        """
         if not self.config.decodes_with_cache:
+            if kwargs.get("inputs_embeds") is not None:
+                scope = self.config.routing_scope
+                raise ValueError(
+                    f"inputs_embeds need a cache, and routing scope '{scope}' has no exact one; give input_ids"
+                )
             kwargs["use_cache"] = False
         return super().generate(*args, **kwargs)
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: PolychromaticConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """Masks of a step with a static cache, which ``generate`` makes before it calls the compiled model."""
+        return make_masks(config, inputs_embeds, attention_mask, past_key_values)

@@ -72,10 +72,14 @@ def own_names(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Weights as transformers names them, under this project's names.
 
     Raises:
-        PolygluError: the head is not the embedding.
+        PolygluError: the head is not the embedding, or a name is there twice.
     """
     renamed = {name.removeprefix(PREFIX): weight for name, weight in weights.items() if name != HEAD}
     head = weights.get(HEAD)
+    if twice := {name for name in weights if PREFIX + name in weights}:
+        raise PolygluError(
+            f"{path} has '{min(twice)}' twice, with and without '{PREFIX}'; export the checkpoint again."
+        )
     if head is not None and not torch.equal(head, renamed.get("embed_tokens.weight", head[:0])):
         raise PolygluError(f"{path}: the head differs from the embedding, to which it is tied here; tie them first.")
     return renamed
@@ -93,7 +97,7 @@ def read_description(file: Path) -> dict[str, Any]:
         what = "says no model_type" if kind is None else f"describes a {kind!r:.40} model"
         raise PolygluError(f"{file} {what}, expected '{MODEL_TYPE}'; give a folder that polyglu export wrote.")
     fields = ModelConfig.model_fields.keys() - {"kernels"}
-    if missing := fields - said.keys() - {"routing"}:  # not said where both parts route
+    if missing := {*fields, "tau"} - said.keys() - {"routing"}:  # not said where both parts route
         raise PolygluError(f"{file}: '{min(missing)}' is missing; export the checkpoint again.")
-    described = {key: said[key] for key in ("step", "tau", "tokenizer") if said.get(key) is not None}
-    return {"config": {key: said[key] for key in fields & said.keys()}, **described}
+    described = {key: said[key] for key in ("step", "tokenizer") if said.get(key) is not None}
+    return {"config": {key: said[key] for key in fields & said.keys()}, "tau": said["tau"], **described}

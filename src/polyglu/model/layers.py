@@ -135,12 +135,20 @@ class RoutedGLU(nn.Module):
         n_activations: K, the first K of ``ACTIVATIONS``.
         routing: ``both``; ``static`` leaves out the router and beta, ``dynamic`` leaves out alpha: what is left out
             adds nothing to the logits, and is no parameter.
+        router: makes the router, of D and K.
     """
 
     alpha: Tensor
     beta: Tensor
 
-    def __init__(self, d_model: int, d_ff: int, n_activations: int, routing: str = "both") -> None:
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        n_activations: int,
+        routing: str = "both",
+        router: Callable[[int, int], Router] = Router,
+    ) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
         self.up_proj = nn.Linear(d_model, d_ff, bias=False)
@@ -155,7 +163,7 @@ class RoutedGLU(nn.Module):
             self.router = NoRouter(n_activations)
         else:
             self.beta = nn.Parameter(torch.ones(n_activations))
-            self.router = Router(d_model, n_activations)
+            self.router = router(d_model, n_activations)
 
     def logits_of(self, mean: Tensor) -> Tensor:
         """Part of the routing logits that all neurons share, ``beta * f(h_bar)``: fp32 ``[..., R]`` -> ``[..., K]``."""

@@ -63,19 +63,29 @@ def load_checkpoint(
         PolygluError: missing, not a checkpoint, pickled objects other than tensors and plain values, or another shape.
     """
     checkpoint = read_checkpoint(path)
+    config = config or checkpoint.config
+    check_shapes(checkpoint.weights, config, path)
+    model = PolychromaticLM(config)
+    model.load_state_dict({name: weight.float() for name, weight in checkpoint.weights.items()})
+    return model.to(device).eval(), checkpoint.step, checkpoint.tau
+
+
+def check_shapes(weights: Mapping[str, Tensor], config: ModelConfig, path: str | Path) -> None:
+    """Refuse weights that are not all of a config's model, and no others.
+
+    Raises:
+        PolygluError: one is missing, left over, or of another shape; the message names ``path``, their file.
+    """
     with torch.device("meta"):
-        model = PolychromaticLM(config or checkpoint.config)
+        model = PolychromaticLM(config)
     expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    found = {name: tuple(weight.shape) for name, weight in checkpoint.weights.items()}
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise PolygluError(
                 f"{path}: weight '{name}' has shape {found.get(name, 'none (missing)')}, the config expects "
                 f"{expected.get(name, 'no such weight')}; use the config the checkpoint was trained with."
             )
-    model = PolychromaticLM(model.config)
-    model.load_state_dict({name: weight.float() for name, weight in checkpoint.weights.items()})
-    return model.to(device).eval(), checkpoint.step, checkpoint.tau
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:

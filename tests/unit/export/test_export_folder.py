@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from exports import TAU, TEXTS, Exported
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -18,7 +20,7 @@ from polyglu.data.chat import render_prompt
 from polyglu.data.tokenizer import load_tokenizer, train_bpe
 from polyglu.errors import PolygluError
 from polyglu.export import export_folder
-from polyglu.export.export_folder import export
+from polyglu.export.export_folder import export, replacing
 from polyglu.export.import_folder import import_checkpoint
 from polyglu.files import sha256, write_json
 from polyglu.inference import open_for_inference
@@ -173,6 +175,37 @@ def test_interrupted_there_is_no_half_folder(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_neighbours_stay_and_links_are_followed(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, _ = exported(**CAUSAL)
+    for name in ("new.old", "new.tmp"):  # somebody else's
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "kept").touch()
+    (tmp_path / "link").symlink_to("new")
+    for _ in range(2):
+        export(checkpoint, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "new/config.json").is_file()
+    assert all((tmp_path / name / "kept").exists() for name in ("new.old", "new.tmp"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export(checkpoint, Path("."))
+    assert {path.name for path in tmp_path.iterdir()} == {"here", "link", "new", "new.old", "new.tmp"}
+    assert (tmp_path / "here/config.json").is_file()
+
+
+def test_what_a_killed_export_left_is_put_back(exported: Exported, tmp_path: Path) -> None:
+    checkpoint, _ = exported(**CAUSAL)
+    export(checkpoint, tmp_path / "new")
+    (tmp_path / ".new.export/new").mkdir(parents=True)  # half of a new one, and the earlier one out of the way
+    (tmp_path / "new").rename(tmp_path / ".new.export/old")
+    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "new"):
+        raise ZeroDivisionError
+    assert [path.name for path in tmp_path.iterdir()] == ["new"] and (tmp_path / "new/config.json").is_file()
+    with replacing(tmp_path / "new"), pytest.raises(PolygluError, match="another process is writing"):
+        export(checkpoint, tmp_path / "new")
+
+
 def test_large_weights_are_sharded(exported: Exported, tmp_path: Path) -> None:
     checkpoint, _ = exported(**CAUSAL)
     export(checkpoint, tmp_path / "new", max_shard_size="20KB")
@@ -207,13 +240,24 @@ def test_what_is_no_checkpoint_or_tokenizer_is_refused(exported: Exported, tmp_p
     checkpoint, folder = exported(**CAUSAL)
     (tmp_path / "text.pt").write_text("text")
     train_bpe(["quite another text"], 265, tmp_path / "another")
+    for name in ("qwen", "tauless", "twice"):
+        shutil.copytree(folder, tmp_path / name)
     write_json(tmp_path / "qwen/config.json", {"model_type": "qwen3"})
-    (tmp_path / "qwen/model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    said = json.loads((folder / "config.json").read_text())
+    write_json(tmp_path / "tauless/config.json", {key: value for key, value in said.items() if key != "tau"})
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "norm.weight": torch.ones(16)}, tmp_path / "twice/model.safetensors")
     model = load_checkpoint(checkpoint)[0]
     save_portable(tmp_path / "nameless.pt", model.state_dict(), model.config, 1, TAU, {})
+    wider = model.config.model_copy(update={"d_ff": 99})
+    save_portable(tmp_path / "other.pt", model.state_dict(), wider, 1, TAU, read_checkpoint(checkpoint).tokenizer)
     for arguments, sentence in (
         (["export", tmp_path / "text.pt", tmp_path / "new"], "is not a checkpoint"),
         (["export", tmp_path / "none.pt", tmp_path / "new"], "does not exist"),
+        (["export", tmp_path / "other.pt", tmp_path / "new"], "the config expects (99, 4)"),
+        (["import", tmp_path / "other.pt", tmp_path / "new.pt"], "the config expects (99, 4)"),
+        (["import", tmp_path / "tauless", tmp_path / "new.pt"], "'tau' is missing"),
+        (["import", tmp_path / "twice", tmp_path / "new.pt"], "has 'norm.weight' twice"),
         (["export", checkpoint, tmp_path / "new", "--tokenizer", tmp_path / "another"], "is not the one"),
         (["export", tmp_path / "nameless.pt", tmp_path / "new"], "does not say which tokenizer"),
         (["import", tmp_path / "qwen", tmp_path / "new.pt"], "describes a 'qwen3' model"),

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from exports import TAU, Exported
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
+from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.generation import generate
@@ -21,6 +22,7 @@ KINDS = [
     CAUSAL, {"routing_scope": "document"}, {"routing_scope": "sequence"},
     *({**CAUSAL, "n_activations": k} for k in (1, 2, 3, 5, 6)),
     *({**CAUSAL, "routing": part} for part in ("static", "dynamic")),
+    {"routing_scope": "document", "routing": "static"},
     *({"ffn": kind} for kind in ("swiglu", "geglu", "reglu", "tanhglu")),
 ]  # fmt: skip
 SCOPES = KINDS[:2]
@@ -99,10 +101,35 @@ def test_every_way_of_decoding_is_the_same_with_a_cache(pair: Pair, how: dict[st
     _, theirs = pair(**CAUSAL)
     padded, mask = left_padded(ids_of(), [4, 0])
     results = []
-    for use_cache in (True, False):
+    for cache in ({"use_cache": False}, {"use_cache": True}, {"cache_implementation": "static"}):
         torch.manual_seed(5)
-        results.append(theirs.generate(padded, attention_mask=mask, **no_end(theirs, use_cache=use_cache, **how)))
-    assert torch.equal(*results)
+        results.append(theirs.generate(padded, attention_mask=mask, **no_end(theirs, **cache, **how)))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("drafts", ["of another model", "of itself", "of the prompt"])
+def test_drafted_tokens_change_nothing(pair: Pair, drafts: str) -> None:
+    """Assisted decoding rejects drafts, and crops the cache."""
+    _, theirs = pair(**CAUSAL)
+    assistant = {"of another model": pair(ffn="swiglu")[1], "of itself": theirs}.get(drafts)
+    how = {"prompt_lookup_num_tokens": 3} if assistant is None else {"assistant_model": assistant}
+    ids = ids_of(rows=1).repeat(1, 2)
+    expected = theirs.generate(ids, **no_end(theirs))
+    assert torch.equal(theirs.generate(ids, **no_end(theirs, **how)), expected)
+
+
+@torch.no_grad()
+def test_static_cache_goes_on_and_begins_again(pair: Pair) -> None:
+    _, theirs = pair(**CAUSAL)
+    padded, mask = left_padded(ids_of(), [4, 0])
+    whole = theirs(padded, attention_mask=mask).logits
+    cache = StaticCache(config=theirs.config, max_cache_len=LENGTH + 3)
+    for _ in range(2):
+        theirs(padded[:, :6], attention_mask=mask[:, :6], past_key_values=cache)
+        for end in range(7, LENGTH + 1):
+            step = theirs(padded[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=cache)
+            torch.testing.assert_close(step.logits, whole[:, end - 1 : end], atol=5e-6, rtol=0)
+        cache.reset()
 
 
 @torch.no_grad()
@@ -150,6 +177,8 @@ def test_outputs(pair: Pair, exported: Exported) -> None:
     assert [state.shape for state in out.hidden_states] == [(2, LENGTH, width)] * (layers + 1)
     assert torch.equal(theirs(ids, return_dict=False)[0], out.logits)
     assert torch.equal(theirs(ids, logits_to_keep=1).logits, out.logits[:, -1:])
+    kept = torch.tensor([[2, 5], [0, 13]])
+    assert torch.equal(theirs(ids, logits_to_keep=kept).logits, out.logits[torch.arange(2)[:, None], kept])
     positions = torch.arange(LENGTH)[None].expand(2, -1)
     assert torch.equal(theirs(ids, position_ids=positions).logits, out.logits)
     assert (theirs(ids, position_ids=positions * 2).logits - out.logits).abs().max() > 1e-3
@@ -205,6 +234,18 @@ def test_bf16_keeps_positions_and_routing_in_fp32(pair: Pair, exported: Exported
 
 
 @torch.no_grad()
+def test_layers_may_lie_on_disk(pair: Pair, exported: Exported, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="device_map needs the package accelerate")
+    _, theirs = pair(**CAUSAL)
+    parts = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.layers.0": "cpu"}
+    where = {"device_map": parts | {"model.layers.1": "disk"}, "offload_folder": tmp_path}
+    folder = exported(**CAUSAL)[1]
+    offloaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **where)
+    assert offloaded.model.layers[1].mlp.alpha.device.type == "meta"
+    assert torch.equal(offloaded(ids_of()).logits, theirs(ids_of()).logits)
+
+
+@torch.no_grad()
 def test_resized_and_saved_it_comes_back_everywhere(pair: Pair, exported: Exported, tmp_path: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(exported(**CAUSAL)[1], trust_remote_code=True)
     ids, before = ids_of(), theirs(ids_of()).logits
@@ -223,13 +264,22 @@ def test_resized_and_saved_it_comes_back_everywhere(pair: Pair, exported: Export
 def test_what_cannot_be_exact_is_refused(pair: Pair) -> None:
     _, theirs = pair(**CAUSAL)
     ids = ids_of()
-    with pytest.raises(ValueError, match="StaticCache keeps no routing sums"):
-        theirs(ids, past_key_values=StaticCache(config=theirs.config, max_cache_len=20))
+    with pytest.raises(ValueError, match="DynamicSlidingWindowLayer keeps no routing sums"):
+        theirs(ids, past_key_values=Cache(layers=[DynamicSlidingWindowLayer(4)] * 2))
+    filled = DynamicCache(config=theirs.config)
+    for index in range(theirs.config.n_layers):
+        filled.update(torch.zeros(2, 1, 3, 8), torch.zeros(2, 1, 3, 8), index)
+    with pytest.raises(ValueError, match="begin with an empty cache"):
+        theirs(ids, past_key_values=filled)
     with pytest.raises(ValueError, match="attention_mask must be"):
         theirs(ids, attention_mask=torch.ones(2, LENGTH + 1))
     with pytest.raises(ValueError, match="exactly one of"):
         theirs(ids, inputs_embeds=torch.zeros(2, LENGTH, 16))
+    with pytest.raises(ValueError, match="position_ids begin again"):
+        theirs(ids, position_ids=torch.arange(LENGTH)[None] % 9)
     _, document = pair(routing_scope="document")
+    with pytest.raises(ValueError, match="give input_ids"):
+        document.generate(inputs_embeds=document.get_input_embeddings()(ids))
     with pytest.raises(ValueError, match="no exact cache"):
         document(ids, past_key_values=DynamicCache())
     assert document(ids, use_cache=True).past_key_values is None
