@@ -14,7 +14,7 @@ import torch
 import typer
 from rich.console import Console
 
-from polyglu.continuation import Meter, Sampling, check_lengths, continue_texts, deviation_told
+from polyglu.continuation import Meter, Sampling, check_lengths, continue_texts, deviation_told, full_told
 from polyglu.data.chat import encode_prompt
 from polyglu.data.tokenizer import is_text
 from polyglu.errors import PolygluError, run_command
@@ -82,6 +82,7 @@ def main(
         new = show(opened, prompts[0], sampling, routed_layer(opened.model, layer))
     else:
         new = write_text(opened, prompts[0], sampling)
+    say(full_told(opened, prompts, new))
     say(deviation_told(opened, prompts, new, routing))
 
 

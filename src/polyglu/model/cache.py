@@ -123,12 +123,21 @@ class Cache:
         self.free(source)
 
     def free(self, slot: int) -> None:
-        """Forget a row: what it leaves, a NaN say, would reach others through keys of weight zero."""
-        for kept in (self.keys, self.values):
-            kept[:, slot, : self.lengths[slot]] = 0
-        self.lengths[slot] = 0
+        """Forget a row."""
         # A step of rounded shapes runs the slot too: it leaves what it makes where the next prompt begins.
-        self.positions[slot], self.counts[slot], self.input_ids[slot], self.totals[:, slot] = 0, 1, 0, 0
+        self.set_length(slot, 0, 0)
+        self.counts[slot], self.input_ids[slot] = 1, 0
+
+    @torch.inference_mode()
+    def set_length(self, slot: int, length: int, totals: Tensor | float) -> None:
+        """Say how many positions of a row are read, and their routing sums ``[L, R]``.
+
+        Those behind are forgotten: what they leave, a NaN say, would reach others through keys of weight zero.
+        """
+        for kept in (self.keys, self.values):
+            kept[:, slot, length : self.lengths[slot]] = 0
+        self.lengths[slot] = length
+        self.positions[slot], self.counts[slot], self.totals[:, slot] = length, length, totals
 
 
 class Visit(Protocol):

@@ -18,6 +18,7 @@ from torch import Tensor
 from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.cache import Cache, slots_within
 from polyglu.model.packing import pack_rows
+from polyglu.model.prefix_tree import shares_prefixes
 
 MAX_TOKENS = 16384
 """Tokens of one forward pass, which bounds its memory."""
@@ -150,6 +151,7 @@ def generate_rows(
     max_rows: int | None = None,
     max_tokens: int = MAX_TOKENS,
     cache_bytes: int = CACHE_BYTES,
+    decoder: Decoder | None = None,
 ) -> Iterator[Event]:
     """Continue each prompt until an end token, the stop rule, ``max_new_tokens`` or the model's ``seq_length``.
 
@@ -172,6 +174,7 @@ def generate_rows(
         max_rows: rows that run together; as many as the cache holds if absent.
         max_tokens: tokens of one forward pass.
         cache_bytes: of keys and values, which bounds the rows that run together.
+        decoder: that is open already; then the four arguments before it and ``tau`` are its own.
 
     Returns:
         The new tokens of all rows as they come, those of a row in order, and then its end.
@@ -181,10 +184,11 @@ def generate_rows(
             routing scope under which packed rows would see each other.
     """
     check_prompts(model, prompts, max_new_tokens)
-    longest = max((len(prompt) for prompt in prompts), default=1) + max_new_tokens - 1  # the last token is not read
-    longest = min(longest, model.config.seq_length)
-    together = min(len(prompts), max_rows or len(prompts))
-    decoder = open_decoder(model, together, tau, longest, routing, max_tokens, cache_bytes)
+    if decoder is None:
+        longest = max((len(prompt) for prompt in prompts), default=1) + max_new_tokens - 1  # the last is not read
+        longest = min(longest, model.config.seq_length)
+        together = min(len(prompts), max_rows or len(prompts))
+        decoder = open_decoder(model, together, tau, longest, routing, max_tokens, cache_bytes)
     seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
     generators = [torch.Generator().manual_seed(each) for each in seeds]
     rows = [_Row(i, *both) for i, both in enumerate(zip(prompts, generators, strict=True))]
@@ -259,7 +263,7 @@ def open_decoder(
 ) -> Decoder:
     """What serves a model under a routing: the cache wherever a token leaves the positions before it as they are."""
     _check_scope(model)
-    if model.config.ffn == "polyglu" and model.config.routing_scope == "document" and routing == "exact":
+    if routing == "exact" and not shares_prefixes(model):
         return _WholeRows(model, tau, rows, max_tokens)
     slots = max(1, min(rows, max_tokens, slots_within(model, cache_bytes, longest)))
     return Cache(model, tau, slots, longest, frozen=routing == "frozen")

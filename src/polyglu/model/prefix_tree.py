@@ -29,16 +29,18 @@ Row = tuple[int, ...]
 
 
 def shares_prefixes(model: PolychromaticLM) -> bool:
-    """Whether a token of this model sees nothing after it."""
-    return model.config.ffn != "polyglu" or model.config.routing_scope == "causal"
+    """Whether a token of this model sees nothing after it: causal routing, or none that depends on the text."""
+    config = model.config
+    return config.ffn != "polyglu" or config.routing == "static" or config.routing_scope == "causal"
 
 
 def shared_lengths(rows: Sequence[Row]) -> list[int]:
     """For each row the number of tokens with which the row before it begins too."""
-    return [_shared(before, row) for before, row in pairwise([(), *rows])]
+    return [common_length(before, row) for before, row in pairwise([(), *rows])]
 
 
-def _shared(left: Row, right: Row) -> int:
+def common_length(left: Sequence[int], right: Sequence[int]) -> int:
+    """Tokens with which both rows begin."""
     pairs = enumerate(zip(left, right, strict=False))
     return next((place for place, (one, other) in pairs if one != other), min(len(left), len(right)))
 
@@ -127,7 +129,7 @@ class _Nodes:
         packing = self.tree.packing
         projected = mlp.router.project(x)
         with torch.autocast(x.device.type, enabled=False):
-            own = packing.running_mean(projected)[0] * (packing.positions + 1)[:, None]  # sum in the stretch, [N, R]
+            own = RoutingState.along(projected, packing).total  # in the stretch, [N, R]
             before = self.tree.ancestry @ own[self.tree.branches]  # [S, R]
             state = RoutingState(own + before[self.row_of_node], (self.tree.positions + 1).float())
         return mlp.routed_by(x.transpose(0, 1), state, self.tau).transpose(0, 1)
