@@ -63,7 +63,7 @@ class Cache:
         self.input_ids = torch.zeros(slots, dtype=torch.int64, device=device)
         """The newest token of each row, ``[slots]``."""
         self.static = device.type == "cuda" if static is None else static
-        self.graphs = Graphs(self._step) if device.type == "cuda" and self.static else None
+        self.graphs = Graphs(device) if device.type == "cuda" and self.static else None
         self.native = NativeStep(model, tau, frozen) if not self.static and native_serves(model, dtype) else None
 
     @torch.inference_mode()
@@ -98,7 +98,10 @@ class Cache:
         if self.static:
             rows = min(1 << (n - 1).bit_length(), self.slots)
             longest = min(-(-longest // ROUNDED_TO) * ROUNDED_TO, self.longest)
-        logits = self._step(rows, longest) if self.graphs is None else self.graphs(rows, longest, [self.totals])
+        if self.graphs is None:
+            logits = self._step(rows, longest)
+        else:
+            logits = self.graphs(self._step, rows, longest, [self.totals])
         self.positions[:n] += 1
         if not self.frozen:
             self.counts[:n] += 1
