@@ -78,7 +78,7 @@ def recorded(graphs: Graphs, run: Callable[[int, int], Tensor], rows: int, longe
     """The first call for sizes. A recording runs nothing: what the stand-in's run has added is taken away."""
     before = total.clone()
     graph, out = graphs._capture(run, rows, longest, [total])
-    assert isinstance(graph, Recorded)
+    assert isinstance(graph, Recorded) and (total - before)[:rows].tolist() == [longest] * rows  # once, not twice
     total.copy_(before)
     graph.run, graph.out = lambda: run(rows, longest), out
     graphs.captured[rows, longest] = graph, out
