@@ -102,7 +102,7 @@ def read_prompts(path: Path) -> list[str]:
     name = "stdin" if path == STDIN else str(path)
     try:
         content = sys.stdin.buffer.read() if path == STDIN else path.read_bytes()
-        lines = [line.rstrip("\r") for line in content.decode().split("\n") if line.strip()]
+        lines = [line.rstrip("\r") for line in content.decode("utf-8-sig").split("\n") if line.strip()]
     except OSError as error:
         raise PolygluError(f"prompt file {name} cannot be read: {error.strerror}; give another.") from None
     except UnicodeDecodeError:

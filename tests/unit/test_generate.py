@@ -111,7 +111,7 @@ def test_speed_is_told_beside_the_text(checkpoint: Path) -> None:
 def test_several_prompts_give_json_lines_in_their_order(checkpoint: Path, tmp_path: Path, form: str) -> None:
     texts = ["one two", "1 + 2 = 3 one\u2028two", "three"]
     lines = texts if form == "lines" else [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
-    content = "\n\n".join(lines) + "\r\n"
+    content = "\ufeff" + "\n\n".join(lines) + "\r\n"  # as Windows writes it
     (tmp_path / "prompts").write_bytes(content.encode())
     settings = ("--max-new-tokens", "5")
     found = run(checkpoint, *settings, "--prompt-file", str(tmp_path / "prompts"))

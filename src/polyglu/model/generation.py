@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from polyglu.errors import PolygluError
 from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.cache import Cache, slots_within
 from polyglu.model.packing import pack_rows
@@ -285,12 +286,19 @@ def choose_tokens(
     top_p: float = 1.0,
     top_k: int = 0,
 ) -> list[int]:
-    """Choose one token a row from ``[rows, V]``; arguments as in ``generate``."""
+    """Choose one token a row from ``[rows, V]``; arguments as in ``generate``.
+
+    Raises:
+        PolygluError: logits are not finite.
+    """
+    largest, tokens = logits.max(-1)  # NaN, if there is one
+    if not largest.isfinite().all():
+        raise PolygluError("the model's logits are not finite; take an earlier checkpoint, or fp32 in place of bf16.")
     if temperature == 0:
-        return logits.argmax(-1).tolist()
+        return tokens.tolist()
     kept = min(top_k, logits.shape[-1]) or logits.shape[-1]
     likeliest, order = logits.cpu().double().topk(kept)  # in falling order
-    probabilities = torch.softmax(likeliest / temperature, -1)
+    probabilities = torch.softmax((likeliest - likeliest[:, :1]) / temperature, -1)
     unlikely = probabilities.cumsum(-1) - probabilities >= top_p  # the likelier ones have top_p without them
     unlikely[:, 0] = False
     probabilities[unlikely] = 0
