@@ -6,7 +6,8 @@ order. What else is to be said goes to stderr.
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -175,7 +176,8 @@ def show(opened: Inference, prompt: Sequence[int], sampling: Sampling, layer: in
         new = new if piece.new is None else piece.new
     read = [*prompt, *new][: opened.model.config.seq_length]
     weights = token_weights(opened.model, read, opened.tau, layer)[len(prompt) :]
-    console(sys.stdout).print(coloured(opened.tokenizer, new, weights, sampling.stop), soft_wrap=True)
+    with named_stdout():
+        console(sys.stdout).print(coloured(opened.tokenizer, new, weights, sampling.stop), soft_wrap=True)
     console(sys.stderr).print(shares(weights, layer))
     say(meter.told())
     return [new]
@@ -188,8 +190,19 @@ def console(file: TextIO) -> Console:
 
 def put(text: str) -> None:
     """Write to stdout at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    with named_stdout():
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+@contextmanager
+def named_stdout() -> Iterator[None]:
+    """Name stdout in an error of the system: the disk behind it may be full."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = "stdout"
+        raise
 
 
 def say(message: str | None) -> None:
