@@ -52,9 +52,9 @@ def main(
     say(f"a line is a message; {RESET} forgets the conversation, {EXIT} leaves, Ctrl-C ends an answer.")
     history, read_before = list(beginning), open_conversation(opened, routing)
     for turn, line in enumerate(read_lines()):
-        if line == EXIT:
+        if line.strip() == EXIT:
             break
-        if line == RESET:
+        if line.strip() == RESET:
             history = list(beginning)
             say("the conversation begins anew.")
         elif line.strip():

@@ -60,7 +60,7 @@ def test_answers_follow_the_conversation(checkpoint: Path, opened: Inference) ->
     found = talk(checkpoint, "a\n\nb\n")  # an empty line is no message
     assert found.stdout == f"{first}\n{second}\n"
     assert found.stderr.count("tokens/s") >= 2
-    again = talk(checkpoint, "a\n/reset\na\n/exit\nnever asked\n")
+    again = talk(checkpoint, "a\n/reset \na\n /exit\nnever asked\n")
     assert again.stdout == f"{first}\n{first}\n"
     with_system = talk(checkpoint, "a\n/reset\na", "--system", "s").stdout
     assert with_system == 2 * (answer(opened, [("system", "s"), ("user", "a")]) + "\n")

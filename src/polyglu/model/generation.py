@@ -181,10 +181,12 @@ def generate_rows(
         The new tokens of all rows as they come, those of a row in order, and then its end.
 
     Raises:
-        ValueError: no new tokens are asked for, an empty prompt, one longer than the model's ``seq_length``, or a
-            routing scope under which packed rows would see each other.
+        ValueError: no new tokens are asked for, a setting of the choice that means nothing, an empty prompt, one
+            longer than the model's ``seq_length``, or a routing scope under which packed rows would see each other.
     """
     check_prompts(model, prompts, max_new_tokens)
+    if not (temperature >= 0 and 0 <= top_p <= 1 and top_k >= 0):
+        raise ValueError(f"temperature {temperature}, top_p {top_p}, top_k {top_k}; expected 0 or more, top_p up to 1")
     if decoder is None:
         longest = max((len(prompt) for prompt in prompts), default=1) + max_new_tokens - 1  # the last is not read
         longest = min(longest, model.config.seq_length)

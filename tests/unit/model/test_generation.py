@@ -164,6 +164,9 @@ def test_nothing_to_do() -> None:
     assert generate(make_model("causal"), [], max_new_tokens=1, tau=TAU, eos_ids=()) == []
     with pytest.raises(ValueError, match="max_new_tokens is 0; expected at least 1"):
         generate(make_model("causal"), PROMPTS, max_new_tokens=0, tau=TAU, eos_ids=())
+    for setting in ({"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 1.5}, {"top_k": -1}):
+        with pytest.raises(ValueError, match="expected 0 or more, top_p up to 1"):
+            generate(make_model("causal"), PROMPTS, max_new_tokens=1, tau=TAU, eos_ids=(), **setting)
 
 
 def test_rows_end_at_seq_length() -> None:

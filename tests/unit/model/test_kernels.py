@@ -350,6 +350,18 @@ def test_a_kernel_that_does_not_work_here_is_refused() -> None:
         choose_kernel("native", cpu, torch.float64, 4)
 
 
+def test_a_factor_of_another_dtype_is_converted() -> None:
+    """Kernels read both as one dtype: half of the numbers, or past their end."""
+    gate, up, neuron, token = inputs(2, 3, 40, 4, per_row=True, per_token=True)
+    for narrow, wide in ((gate.bfloat16(), up), (gate, up.bfloat16())):
+        hidden = gated_mixture(narrow, wide, neuron, token, 1.0, "native")
+        torch.testing.assert_close(
+            hidden, gated_mixture(narrow, wide.to(narrow.dtype), neuron, token, 1.0, "native"), rtol=0, atol=0
+        )
+        (d_up,) = torch.autograd.grad(hidden.sum(), up)
+        assert d_up.dtype == torch.float32 and d_up.abs().max() > 0
+
+
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -387,9 +399,15 @@ def test_a_library_that_is_damaged_is_compiled_anew(empty_cache: Path, caplog: p
 def test_a_folder_that_cannot_be_written_to(
     empty_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    empty_cache.write_text("a file in its place")  # root may write everywhere else
+    empty_cache.write_text("a file in its place")
     assert load_library("decode") and not caplog.records
     assert empty_cache.read_text() == "a file in its place"
+    empty_cache.unlink()
+    load_library.cache_clear()
+    may = os.access  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != empty_cache and may(path, mode))
+    assert load_library("decode") and not caplog.records
+    assert not list(empty_cache.glob("*"))
 
 
 def test_a_library_is_for_one_kind_of_processor(tmp_path: Path) -> None:

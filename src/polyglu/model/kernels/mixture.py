@@ -69,7 +69,7 @@ def gated_mixture_op(gate: Tensor, up: Tensor, neuron: Tensor, token: Tensor, ke
 
     Args:
         gate: ``[B, T, F]``.
-        up: ``[B, T, F]``.
+        up: ``[B, T, F]``; of another dtype it is converted, for kernels read both as one.
         neuron: logits divided by the temperature, ``[K, 1 or B, F]``; fp32 (fp64 for an fp64 gate).
         token: the same, ``[K, B, S]``.
         kernel: which implementation.
@@ -78,7 +78,7 @@ def gated_mixture_op(gate: Tensor, up: Tensor, neuron: Tensor, token: Tensor, ke
         h, ``[B, T, F]`` in the dtype of ``gate``.
     """
     forward = _implementation(kernel, gate, neuron).forward
-    hidden: Tensor = forward(_rows(gate), _rows(up), neuron.contiguous(), token.contiguous())
+    hidden: Tensor = forward(_rows(gate), _rows(up.to(gate.dtype)), neuron.contiguous(), token.contiguous())
     return hidden
 
 
@@ -92,8 +92,10 @@ def gated_mixture_backward_op(
         Gradients of gate, up, neuron and token logits; and h itself, if asked for, else an empty tensor.
     """
     backward = _implementation(kernel, gate, neuron).backward
-    tensors = (_rows(d_hidden), _rows(gate), _rows(up), neuron.contiguous(), token.contiguous())
-    gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = backward(*tensors, with_hidden)
+    wide = (_rows(tensor.to(gate.dtype)) for tensor in (d_hidden, gate, up))
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = backward(
+        *wide, neuron.contiguous(), token.contiguous(), with_hidden
+    )
     return gradients
 
 
