@@ -18,7 +18,7 @@ from torch import Tensor
 from polyglu.errors import PolygluError
 from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.cache import Cache, slots_within
-from polyglu.model.packing import pack_rows
+from polyglu.model.packing import groups_of_tokens, pack_rows
 from polyglu.model.prefix_tree import shares_prefixes
 
 MAX_TOKENS = 16384
@@ -32,18 +32,6 @@ Routing = Literal["exact", "frozen", "running"]
 """What routes a new token. exact: what training did; under ``document`` scope, where every token moves the routing of
 all positions, the whole row runs again for each. frozen: the prompt's mean. running: the mean up to the token, as under
 ``causal`` scope. The last two approximate ``document`` scope with the cost of the cache (``deviation``)."""
-
-
-def groups_of_tokens(lengths: Sequence[int], max_tokens: int, max_rows: int | None = None) -> Iterator[slice]:
-    """Cut rows, in order, into groups of at most ``max_tokens`` tokens and ``max_rows`` rows; a longer row is alone."""
-    start, total = 0, 0
-    for index, length in enumerate(lengths):
-        if index > start and (total + length > max_tokens or index - start == max_rows):
-            yield slice(start, index)
-            start, total = index, 0
-        total += length
-    if start < len(lengths):
-        yield slice(start, len(lengths))
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.cache import features_by
 from polyglu.model.feed_forward import PolyGLU
 from polyglu.model.flash_attention import suffix_attention
-from polyglu.model.packing import Packing, pack_rows
+from polyglu.model.packing import Packing, groups_of_tokens, pack_rows
 from polyglu.model.routing import RoutingState
 
 Row = tuple[int, ...]
@@ -52,15 +52,9 @@ def common_length(left: Sequence[int], right: Sequence[int]) -> int:
 
 def tree_batches(rows: Sequence[Row], share: bool, max_tokens: int, max_rows: int | None = None) -> Iterator[slice]:
     """Cut rows, in order, into batches of at most ``max_tokens`` nodes and ``max_rows`` rows; a longer row is alone."""
-    start, total = 0, 0
-    for index, (row, shared) in enumerate(zip(rows, shared_lengths(rows), strict=True)):
-        own = len(row) - shared if share else len(row)
-        if index > start and (total + own > max_tokens or index - start == max_rows):
-            yield slice(start, index)
-            start, total, own = index, 0, len(row)
-        total += own
-    if start < len(rows):
-        yield slice(start, len(rows))
+    lengths = [len(row) for row in rows]
+    own = [length - shared for length, shared in zip(lengths, shared_lengths(rows), strict=True)]
+    return groups_of_tokens(own if share else lengths, max_tokens, max_rows, lengths)
 
 
 class Stretch(NamedTuple):

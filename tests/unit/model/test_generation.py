@@ -15,9 +15,9 @@ from polyglu.model.generation import (
     choose_tokens,
     generate,
     generate_rows,
-    groups_of_tokens,
     next_token_logits,
 )
+from polyglu.model.packing import groups_of_tokens
 
 TAU = 0.3
 PROMPTS = [[3, 1, 4, 1, 5], [17], [2, 6, 5, 3, 5, 8, 9, 7, 9], [33, 20], [7, 40, 1]]
