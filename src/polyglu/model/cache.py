@@ -90,8 +90,14 @@ class Cache:
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Append one token to each of the rows in slots 0 to n - 1; logits ``[n, V]`` of the token after it."""
+        """Append one token to each of the rows in slots 0 to n - 1; logits ``[n, V]`` of the token after it.
+
+        Raises:
+            ValueError: a row is as long as a slot; C++ would write into the next one.
+        """
         n = len(tokens)
+        if max(self.lengths[:n]) >= self.longest:
+            raise ValueError(f"a row has {self.longest} positions already, which is all that its slot holds")
         self.lengths[:n] = [length + 1 for length in self.lengths[:n]]
         self.input_ids[:n] = torch.tensor(tokens)
         rows, longest = n, max(self.lengths[:n])
