@@ -50,7 +50,7 @@ def main(
     beginning: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     fit_history(beginning, opened.tokenizer, _room(opened, max_new_tokens))
     say(f"a line is a message; {RESET} forgets the conversation, {EXIT} leaves, Ctrl-C ends an answer.")
-    history, read_before = list(beginning), open_conversation(opened, routing)
+    history, conversation = list(beginning), open_conversation(opened, routing)
     for turn, line in enumerate(read_lines()):
         if line.strip() == EXIT:
             break
@@ -59,7 +59,7 @@ def main(
             say("the conversation begins anew.")
         elif line.strip():
             sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed + turn, routing, tuple(stop or ()))
-            history = talk(opened, history, line, sampling, read_before)
+            history = talk(opened, history, line, sampling, conversation)
 
 
 def open_conversation(opened: Inference, routing: Routing) -> Conversation | None:
@@ -69,11 +69,7 @@ def open_conversation(opened: Inference, routing: Routing) -> Conversation | Non
 
 
 def talk(
-    opened: Inference,
-    history: Sequence[Message],
-    line: str,
-    sampling: Sampling,
-    read_before: Conversation | None,
+    opened: Inference, history: Sequence[Message], line: str, sampling: Sampling, conversation: Conversation | None
 ) -> list[Message]:
     """Answer a message on stdout; return the history with both, or as it was if the message does not fit."""
     asked = [*history, {"role": "user", "content": line}]
@@ -87,20 +83,20 @@ def talk(
     if len(kept) < len(asked):
         say(f"the oldest {len(asked) - len(kept)} messages no longer fit and are forgotten.")
     prompt = encode_prompt(kept, opened.tokenizer)
-    answer, new = answered(opened, prompt, sampling, read_before)
+    answer, new = answered(opened, prompt, sampling, conversation)
     say(full_told(opened, [prompt], [new]))
     say(deviation_told(opened, [prompt], [new], sampling.routing))
     return [*kept, {"role": "assistant", "content": answer}]
 
 
 def answered(
-    opened: Inference, prompt: Sequence[int], sampling: Sampling, read_before: Conversation | None
+    opened: Inference, prompt: Sequence[int], sampling: Sampling, conversation: Conversation | None
 ) -> tuple[str, list[int]]:
     """Stream an answer to stdout; return its text and its tokens, of which an interrupted one tells none."""
-    known = 0 if read_before is None else read_before.known(prompt)
+    known = 0 if conversation is None else conversation.known(prompt)
     meter, answer, new = Meter(len(prompt) - known), "", list[int]()
     try:
-        for piece in continue_texts(opened, [prompt], sampling, read_before):
+        for piece in continue_texts(opened, [prompt], sampling, conversation):
             meter.count(piece)
             put(piece.text)
             answer += piece.text

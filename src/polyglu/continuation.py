@@ -93,7 +93,7 @@ def check_lengths(opened: Inference, prompts: Sequence[Sequence[int]]) -> None:
 
 
 def full_told(opened: Inference, prompts: Sequence[Sequence[int]], new: Sequence[Sequence[int]]) -> str | None:
-    """Which texts end only because the model reads no further, in a sentence; None if none does."""
+    """How many texts end where the model reads no further, in a sentence; None if none does."""
     longest = opened.model.config.seq_length
     full = sum(len(prompt) + len(row) > longest for prompt, row in zip(prompts, new, strict=True))
     if not full:

@@ -78,7 +78,9 @@ def _load(name: str, macros: tuple[str, ...]) -> ctypes.CDLL:
 
 
 def _run(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS).stdout
+    """What a command says; in any encoding, for compilers speak the user's language."""
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=SECONDS)
+    return done.stdout
 
 
 def _cache_folder() -> Path:
