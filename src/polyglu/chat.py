@@ -12,14 +12,17 @@ from typing import Annotated
 import torch
 import typer
 
-from polyglu.continuation import Meter, Sampling, continue_texts, deviation_told
+from polyglu.continuation import Meter, Sampling, continue_texts, deviation_told, full_told
 from polyglu.data.chat import Message, encode_prompt
 from polyglu.data.tokenizer import Tokenizer, is_text
 from polyglu.errors import PolygluError, run_command
 from polyglu.generate import put, say
 from polyglu.inference import Inference, open_for_inference
 from polyglu.logs import configure_logging
+from polyglu.model.conversation import Conversation
+from polyglu.model.deviation import approximates
 from polyglu.model.generation import Routing
+from polyglu.model.prefix_tree import shares_prefixes
 
 RESET, EXIT = "/reset", "/exit"
 
@@ -47,19 +50,27 @@ def main(
     beginning: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     fit_history(beginning, opened.tokenizer, _room(opened, max_new_tokens))
     say(f"a line is a message; {RESET} forgets the conversation, {EXIT} leaves, Ctrl-C ends an answer.")
-    history = list(beginning)
+    history, conversation = list(beginning), open_conversation(opened, routing)
     for turn, line in enumerate(read_lines()):
-        if line == EXIT:
+        if line.strip() == EXIT:
             break
-        if line == RESET:
+        if line.strip() == RESET:
             history = list(beginning)
             say("the conversation begins anew.")
         elif line.strip():
             sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed + turn, routing, tuple(stop or ()))
-            history = talk(opened, history, line, sampling)
+            history = talk(opened, history, line, sampling, conversation)
 
 
-def talk(opened: Inference, history: Sequence[Message], line: str, sampling: Sampling) -> list[Message]:
+def open_conversation(opened: Inference, routing: Routing) -> Conversation | None:
+    """What keeps a conversation's cache between turns; None if each new token changes all that was read."""
+    kept = shares_prefixes(opened.model) and not approximates(opened.model, routing)
+    return Conversation(opened.model, opened.tau) if kept else None
+
+
+def talk(
+    opened: Inference, history: Sequence[Message], line: str, sampling: Sampling, conversation: Conversation | None
+) -> list[Message]:
     """Answer a message on stdout; return the history with both, or as it was if the message does not fit."""
     asked = [*history, {"role": "user", "content": line}]
     try:
@@ -72,16 +83,20 @@ def talk(opened: Inference, history: Sequence[Message], line: str, sampling: Sam
     if len(kept) < len(asked):
         say(f"the oldest {len(asked) - len(kept)} messages no longer fit and are forgotten.")
     prompt = encode_prompt(kept, opened.tokenizer)
-    answer, new = answered(opened, prompt, sampling)
+    answer, new = answered(opened, prompt, sampling, conversation)
+    say(full_told(opened, [prompt], [new]))
     say(deviation_told(opened, [prompt], [new], sampling.routing))
     return [*kept, {"role": "assistant", "content": answer}]
 
 
-def answered(opened: Inference, prompt: Sequence[int], sampling: Sampling) -> tuple[str, list[int]]:
+def answered(
+    opened: Inference, prompt: Sequence[int], sampling: Sampling, conversation: Conversation | None
+) -> tuple[str, list[int]]:
     """Stream an answer to stdout; return its text and its tokens, of which an interrupted one tells none."""
-    meter, answer, new = Meter(len(prompt)), "", list[int]()
+    known = 0 if conversation is None else conversation.known(prompt)
+    meter, answer, new = Meter(len(prompt) - known), "", list[int]()
     try:
-        for piece in continue_texts(opened, [prompt], sampling):
+        for piece in continue_texts(opened, [prompt], sampling, conversation):
             meter.count(piece)
             put(piece.text)
             answer += piece.text

@@ -9,7 +9,7 @@ from polyglu.data.stopping import TextStream, stop_rule
 from polyglu.errors import PolygluError
 from polyglu.inference import Inference
 from polyglu.model.deviation import approximates, routing_deviation
-from polyglu.model.generation import Routing, generate_rows
+from polyglu.model.generation import Decoder, Routing, generate_rows
 
 COMPARED = 32
 """Positions at which an approximate routing is compared with the exact one: each of them runs its whole text."""
@@ -39,13 +39,16 @@ class Piece(NamedTuple):
     """All of the row's new tokens, with its last piece."""
 
 
-def continue_texts(opened: Inference, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Piece]:
+def continue_texts(
+    opened: Inference, prompts: Sequence[Sequence[int]], sampling: Sampling, decoder: Decoder | None = None
+) -> Iterator[Piece]:
     """Continue prompts, all of them together, until an end token, a stop string or a limit.
 
     Args:
         opened: model and tokenizer.
         prompts: token ids.
         sampling: settings.
+        decoder: that is open already; else one is opened.
 
     Returns:
         Pieces of the rows as they come: all pieces of a row are its text up to the first stop string.
@@ -70,6 +73,7 @@ def continue_texts(opened: Inference, prompts: Sequence[Sequence[int]], sampling
         top_p=sampling.top_p,
         seed=sampling.seed,
         routing=sampling.routing,
+        decoder=decoder,
     )
     for row, token in events:
         if token is None:
@@ -86,6 +90,16 @@ def check_lengths(opened: Inference, prompts: Sequence[Sequence[int]]) -> None:
         if len(prompt) > longest:
             which = f"prompt {index + 1}" if len(prompts) > 1 else "the prompt"
             raise PolygluError(f"{which} has {len(prompt)} tokens, the model takes at most {longest}; shorten it.")
+
+
+def full_told(opened: Inference, prompts: Sequence[Sequence[int]], new: Sequence[Sequence[int]]) -> str | None:
+    """How many texts end where the model reads no further, in a sentence; None if none does."""
+    longest = opened.model.config.seq_length
+    full = sum(len(prompt) + len(row) > longest for prompt, row in zip(prompts, new, strict=True))
+    if not full:
+        return None
+    which = "the text ends" if len(new) == 1 else f"{full} of {len(new)} texts end"
+    return f"{which} where the context of {longest} tokens is full"
 
 
 @dataclass

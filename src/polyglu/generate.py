@@ -6,7 +6,8 @@ order. What else is to be said goes to stderr.
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -14,7 +15,7 @@ import torch
 import typer
 from rich.console import Console
 
-from polyglu.continuation import Meter, Sampling, check_lengths, continue_texts, deviation_told
+from polyglu.continuation import Meter, Sampling, check_lengths, continue_texts, deviation_told, full_told
 from polyglu.data.chat import encode_prompt
 from polyglu.data.tokenizer import is_text
 from polyglu.errors import PolygluError, run_command
@@ -82,6 +83,7 @@ def main(
         new = show(opened, prompts[0], sampling, routed_layer(opened.model, layer))
     else:
         new = write_text(opened, prompts[0], sampling)
+    say(full_told(opened, prompts, new))
     say(deviation_told(opened, prompts, new, routing))
 
 
@@ -101,7 +103,7 @@ def read_prompts(path: Path) -> list[str]:
     name = "stdin" if path == STDIN else str(path)
     try:
         content = sys.stdin.buffer.read() if path == STDIN else path.read_bytes()
-        lines = [line.rstrip("\r") for line in content.decode().split("\n") if line.strip()]
+        lines = [line.rstrip("\r") for line in content.decode("utf-8-sig").split("\n") if line.strip()]
     except OSError as error:
         raise PolygluError(f"prompt file {name} cannot be read: {error.strerror}; give another.") from None
     except UnicodeDecodeError:
@@ -174,7 +176,8 @@ def show(opened: Inference, prompt: Sequence[int], sampling: Sampling, layer: in
         new = new if piece.new is None else piece.new
     read = [*prompt, *new][: opened.model.config.seq_length]
     weights = token_weights(opened.model, read, opened.tau, layer)[len(prompt) :]
-    console(sys.stdout).print(coloured(opened.tokenizer, new, weights, sampling.stop), soft_wrap=True)
+    with named_stdout():
+        console(sys.stdout).print(coloured(opened.tokenizer, new, weights, sampling.stop), soft_wrap=True)
     console(sys.stderr).print(shares(weights, layer))
     say(meter.told())
     return [new]
@@ -187,8 +190,19 @@ def console(file: TextIO) -> Console:
 
 def put(text: str) -> None:
     """Write to stdout at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    with named_stdout():
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+@contextmanager
+def named_stdout() -> Iterator[None]:
+    """Name stdout in an error of the system: the disk behind it may be full."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = "stdout"
+        raise
 
 
 def say(message: str | None) -> None:

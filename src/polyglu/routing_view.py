@@ -67,8 +67,8 @@ def shares(weights: Tensor, layer: int) -> Table:
     """Legend of the colours, with how often each activation is the largest and how much weight it has."""
     title = f"layer {layer}: routing of {len(weights)} new tokens"
     table = Table(title=title, title_justify="left")
-    for heading in ("activation", "largest at", "mean weight"):
-        table.add_column(heading, justify="left" if heading == "activation" else "right")
+    for heading in ("activation", "largest at", "mean weight"):  # on a narrow terminal folded, not cut
+        table.add_column(heading, justify="left" if heading == "activation" else "right", overflow="fold")
     largest = weights.argmax(-1)
     for k, activation in enumerate(ACTIVATIONS[: weights.shape[-1]]):
         name = Text(f"{activation.name} / {activation.transmitter}", style=activation.colour)

@@ -1,3 +1,5 @@
+import errno
+import io
 import json
 import re
 from pathlib import Path
@@ -111,7 +113,7 @@ def test_speed_is_told_beside_the_text(checkpoint: Path) -> None:
 def test_several_prompts_give_json_lines_in_their_order(checkpoint: Path, tmp_path: Path, form: str) -> None:
     texts = ["one two", "1 + 2 = 3 one\u2028two", "three"]
     lines = texts if form == "lines" else [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
-    content = "\n\n".join(lines) + "\r\n"
+    content = "\ufeff" + "\n\n".join(lines) + "\r\n"  # as Windows writes it
     (tmp_path / "prompts").write_bytes(content.encode())
     settings = ("--max-new-tokens", "5")
     found = run(checkpoint, *settings, "--prompt-file", str(tmp_path / "prompts"))
@@ -167,6 +169,28 @@ def test_shown_routing_leaves_the_text_as_it_is(checkpoint: Path) -> None:
     assert shown.stdout == run(checkpoint, *settings)
     assert "layer 0: routing" in shown.stderr and "Tanh / GABA" in shown.stderr and "wrote" in shown.stderr
     assert sum(float(share) for share in re.findall(r"([\d.]+)%", shown.stderr)) == pytest.approx(100, abs=0.3)
+
+
+def test_a_full_disk_behind_stdout_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sys.stdout", Full())
+    with pytest.raises(OSError, match="No space left on device: 'stdout'"):
+        command.put("text")
+    monkeypatch.undo()
+
+
+def test_a_full_context_is_told(checkpoint: Path) -> None:
+    settings = ("--max-new-tokens", "200", "--stop", "never met")
+    assert (
+        "the text ends where the context of 32 tokens is full"
+        in invoke(checkpoint, "--prompt", "one", *settings).stderr
+    )
+    both = invoke(checkpoint, *settings, stdin="one\none two").stderr
+    assert "2 of 2 texts end where" in both
+    assert "is full" not in invoke(checkpoint, "--prompt", "one two", "--max-new-tokens", "5").stderr
 
 
 def test_a_prompt_that_does_not_fit_is_refused(checkpoint: Path) -> None:

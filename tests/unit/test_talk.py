@@ -1,3 +1,4 @@
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,30 @@ def test_answers_follow_the_conversation(checkpoint: Path, opened: Inference) ->
     found = talk(checkpoint, "a\n\nb\n")  # an empty line is no message
     assert found.stdout == f"{first}\n{second}\n"
     assert found.stderr.count("tokens/s") >= 2
-    again = talk(checkpoint, "a\n/reset\na\n/exit\nnever asked\n")
+    again = talk(checkpoint, "a\n/reset \na\n /exit\nnever asked\n")
     assert again.stdout == f"{first}\n{first}\n"
     with_system = talk(checkpoint, "a\n/reset\na", "--system", "s").stdout
     assert with_system == 2 * (answer(opened, [("system", "s"), ("user", "a")]) + "\n")
+
+
+def test_a_turn_reads_only_what_is_new(checkpoint: Path, opened: Inference) -> None:
+    def read(*arguments: str) -> list[int]:
+        told = talk(checkpoint, "a\nb\n/reset\na\n", "--temperature", "0.5", *arguments).stderr
+        return [int(n) for n in re.findall(r"read (\d+) tokens", told)]
+
+    first = encode_prompt([{"role": "user", "content": "a"}], opened.tokenizer)
+    messages = [("user", "a"), ("assistant", answer(opened, [("user", "a")], temperature=0.5)), ("user", "b")]
+    second = encode_prompt([{"role": role, "content": text} for role, text in messages], opened.tokenizer)
+    found = read()
+    assert found[0] == len(first) and found[1] <= len(second) - len(first)
+    assert 1 <= found[2] < len(first)  # the beginning of a turn is known even after a reset
+    assert read("--routing", "frozen") == [len(first), len(second), len(first)]  # an approximation is not kept
+
+
+def test_a_full_context_is_told(checkpoint: Path) -> None:
+    found = talk(checkpoint, "x" * 30 + "\n", "--max-new-tokens", "200", "--temperature", "0.5", "--seed", "1")
+    assert "the text ends where the context of 96 tokens is full" in found.stderr
+    assert "is full" not in talk(checkpoint, "x\n").stderr
 
 
 def test_each_answer_has_a_seed_of_its_own(checkpoint: Path, opened: Inference) -> None:
@@ -91,9 +112,9 @@ def test_an_interrupt_ends_the_answer_and_not_the_conversation(
 ) -> None:
     asked: list[int] = []
 
-    def interrupted_once(opened: Inference, prompts: list[list[int]], sampling: Sampling) -> Iterator[Piece]:
+    def interrupted_once(opened: Inference, prompts: list[list[int]], *settings: Any) -> Iterator[Piece]:
         asked.append(len(prompts[0]))
-        for n, piece in enumerate(continue_texts(opened, prompts, sampling)):
+        for n, piece in enumerate(continue_texts(opened, prompts, *settings)):
             if len(asked) == 1 and n == 3:
                 raise KeyboardInterrupt
             yield piece

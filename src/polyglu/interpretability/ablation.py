@@ -18,9 +18,8 @@ from torch import Tensor
 from polyglu.model.activations import ACTIVATIONS
 from polyglu.model.architecture import Block, PolychromaticLM
 from polyglu.model.feed_forward import PolyGLU
-from polyglu.model.generation import groups_of_tokens
 from polyglu.model.layers import mix_activations, routing_weights
-from polyglu.model.packing import Packing, pack_rows
+from polyglu.model.packing import Packing, groups_of_tokens, pack_rows
 
 BATCH_TOKENS = 2048
 """Of documents that run together."""

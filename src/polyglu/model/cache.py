@@ -63,7 +63,7 @@ class Cache:
         self.input_ids = torch.zeros(slots, dtype=torch.int64, device=device)
         """The newest token of each row, ``[slots]``."""
         self.static = device.type == "cuda" if static is None else static
-        self.graphs = Graphs(self._step) if device.type == "cuda" and self.static else None
+        self.graphs = Graphs(device) if device.type == "cuda" and self.static else None
         self.native = NativeStep(model, tau, frozen) if not self.static and native_serves(model, dtype) else None
 
     @torch.inference_mode()
@@ -90,15 +90,24 @@ class Cache:
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Append one token to each of the rows in slots 0 to n - 1; logits ``[n, V]`` of the token after it."""
+        """Append one token to each of the rows in slots 0 to n - 1; logits ``[n, V]`` of the token after it.
+
+        Raises:
+            ValueError: a row is as long as a slot; C++ would write into the next one.
+        """
         n = len(tokens)
+        if max(self.lengths[:n]) >= self.longest:
+            raise ValueError(f"a row has {self.longest} positions already, which is all that its slot holds")
         self.lengths[:n] = [length + 1 for length in self.lengths[:n]]
         self.input_ids[:n] = torch.tensor(tokens)
         rows, longest = n, max(self.lengths[:n])
         if self.static:
             rows = min(1 << (n - 1).bit_length(), self.slots)
             longest = min(-(-longest // ROUNDED_TO) * ROUNDED_TO, self.longest)
-        logits = self._step(rows, longest) if self.graphs is None else self.graphs(rows, longest, [self.totals])
+        if self.graphs is None:
+            logits = self._step(rows, longest)
+        else:
+            logits = self.graphs(self._step, rows, longest, [self.totals])
         self.positions[:n] += 1
         if not self.frozen:
             self.counts[:n] += 1
@@ -123,12 +132,21 @@ class Cache:
         self.free(source)
 
     def free(self, slot: int) -> None:
-        """Forget a row: what it leaves, a NaN say, would reach others through keys of weight zero."""
-        for kept in (self.keys, self.values):
-            kept[:, slot, : self.lengths[slot]] = 0
-        self.lengths[slot] = 0
+        """Forget a row."""
         # A step of rounded shapes runs the slot too: it leaves what it makes where the next prompt begins.
-        self.positions[slot], self.counts[slot], self.input_ids[slot], self.totals[:, slot] = 0, 1, 0, 0
+        self.set_length(slot, 0, 0)
+        self.counts[slot], self.input_ids[slot] = 1, 0
+
+    @torch.inference_mode()
+    def set_length(self, slot: int, length: int, totals: Tensor | float) -> None:
+        """Say how many positions of a row are read, and their routing sums ``[L, R]``.
+
+        Those behind are forgotten: what they leave, a NaN say, would reach others through keys of weight zero.
+        """
+        for kept in (self.keys, self.values):
+            kept[:, slot, length : self.lengths[slot]] = 0
+        self.lengths[slot] = length
+        self.positions[slot], self.counts[slot], self.totals[:, slot] = length, length, totals
 
 
 class Visit(Protocol):

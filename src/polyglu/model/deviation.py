@@ -7,6 +7,7 @@ import torch
 
 from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.generation import MAX_TOKENS, Routing, check_prompts, next_token_logits, open_decoder
+from polyglu.model.prefix_tree import routed_by_text
 
 
 class Deviation(NamedTuple):
@@ -24,9 +25,8 @@ class Deviation(NamedTuple):
 
 def approximates(model: PolychromaticLM, routing: Routing) -> bool:
     """Whether a routing of new tokens is another than the model was trained with."""
-    exact = {"causal": ("exact", "running"), "document": ("exact",), "sequence": ("exact",)}
-    moved = model.config.ffn == "polyglu" and model.config.routing != "static"  # by what is read
-    return moved and routing not in exact[model.config.routing_scope]
+    exact = ("exact", "running") if model.config.routing_scope == "causal" else ("exact",)
+    return routed_by_text(model) and routing not in exact
 
 
 @torch.inference_mode()

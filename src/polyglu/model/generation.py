@@ -15,9 +15,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from polyglu.errors import PolygluError
 from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.cache import Cache, slots_within
-from polyglu.model.packing import pack_rows
+from polyglu.model.packing import groups_of_tokens, pack_rows
+from polyglu.model.prefix_tree import shares_prefixes
 
 MAX_TOKENS = 16384
 """Tokens of one forward pass, which bounds its memory."""
@@ -30,18 +32,6 @@ Routing = Literal["exact", "frozen", "running"]
 """What routes a new token. exact: what training did; under ``document`` scope, where every token moves the routing of
 all positions, the whole row runs again for each. frozen: the prompt's mean. running: the mean up to the token, as under
 ``causal`` scope. The last two approximate ``document`` scope with the cost of the cache (``deviation``)."""
-
-
-def groups_of_tokens(lengths: Sequence[int], max_tokens: int, max_rows: int | None = None) -> Iterator[slice]:
-    """Cut rows, in order, into groups of at most ``max_tokens`` tokens and ``max_rows`` rows; a longer row is alone."""
-    start, total = 0, 0
-    for index, length in enumerate(lengths):
-        if index > start and (total + length > max_tokens or index - start == max_rows):
-            yield slice(start, index)
-            start, total = index, 0
-        total += length
-    if start < len(lengths):
-        yield slice(start, len(lengths))
 
 
 @torch.inference_mode()
@@ -150,6 +140,7 @@ def generate_rows(
     max_rows: int | None = None,
     max_tokens: int = MAX_TOKENS,
     cache_bytes: int = CACHE_BYTES,
+    decoder: Decoder | None = None,
 ) -> Iterator[Event]:
     """Continue each prompt until an end token, the stop rule, ``max_new_tokens`` or the model's ``seq_length``.
 
@@ -172,19 +163,23 @@ def generate_rows(
         max_rows: rows that run together; as many as the cache holds if absent.
         max_tokens: tokens of one forward pass.
         cache_bytes: of keys and values, which bounds the rows that run together.
+        decoder: that is open already; then the four arguments before it and ``tau`` are its own.
 
     Returns:
         The new tokens of all rows as they come, those of a row in order, and then its end.
 
     Raises:
-        ValueError: no new tokens are asked for, an empty prompt, one longer than the model's ``seq_length``, or a
-            routing scope under which packed rows would see each other.
+        ValueError: no new tokens are asked for, a setting of the choice that means nothing, an empty prompt, one
+            longer than the model's ``seq_length``, or a routing scope under which packed rows would see each other.
     """
     check_prompts(model, prompts, max_new_tokens)
-    longest = max((len(prompt) for prompt in prompts), default=1) + max_new_tokens - 1  # the last token is not read
-    longest = min(longest, model.config.seq_length)
-    together = min(len(prompts), max_rows or len(prompts))
-    decoder = open_decoder(model, together, tau, longest, routing, max_tokens, cache_bytes)
+    if not (temperature >= 0 and 0 <= top_p <= 1 and top_k >= 0):
+        raise ValueError(f"temperature {temperature}, top_p {top_p}, top_k {top_k}; expected 0 or more, top_p up to 1")
+    if decoder is None:
+        longest = max((len(prompt) for prompt in prompts), default=1) + max_new_tokens - 1  # the last is not read
+        longest = min(longest, model.config.seq_length)
+        together = min(len(prompts), max_rows or len(prompts))
+        decoder = open_decoder(model, together, tau, longest, routing, max_tokens, cache_bytes)
     seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
     generators = [torch.Generator().manual_seed(each) for each in seeds]
     rows = [_Row(i, *both) for i, both in enumerate(zip(prompts, generators, strict=True))]
@@ -259,7 +254,7 @@ def open_decoder(
 ) -> Decoder:
     """What serves a model under a routing: the cache wherever a token leaves the positions before it as they are."""
     _check_scope(model)
-    if model.config.ffn == "polyglu" and model.config.routing_scope == "document" and routing == "exact":
+    if routing == "exact" and not shares_prefixes(model):
         return _WholeRows(model, tau, rows, max_tokens)
     slots = max(1, min(rows, max_tokens, slots_within(model, cache_bytes, longest)))
     return Cache(model, tau, slots, longest, frozen=routing == "frozen")
@@ -281,12 +276,19 @@ def choose_tokens(
     top_p: float = 1.0,
     top_k: int = 0,
 ) -> list[int]:
-    """Choose one token a row from ``[rows, V]``; arguments as in ``generate``."""
+    """Choose one token a row from ``[rows, V]``; arguments as in ``generate``.
+
+    Raises:
+        PolygluError: logits are not finite.
+    """
+    largest, tokens = logits.max(-1)  # NaN, if there is one
+    if not largest.isfinite().all():
+        raise PolygluError("the model's logits are not finite; take an earlier checkpoint, or fp32 in place of bf16.")
     if temperature == 0:
-        return logits.argmax(-1).tolist()
+        return tokens.tolist()
     kept = min(top_k, logits.shape[-1]) or logits.shape[-1]
     likeliest, order = logits.cpu().double().topk(kept)  # in falling order
-    probabilities = torch.softmax(likeliest / temperature, -1)
+    probabilities = torch.softmax((likeliest - likeliest[:, :1]) / temperature, -1)
     unlikely = probabilities.cumsum(-1) - probabilities >= top_p  # the likelier ones have top_p without them
     unlikely[:, 0] = False
     probabilities[unlikely] = 0

@@ -20,9 +20,10 @@ def native_serves(model: PolychromaticLM, dtype: torch.dtype) -> bool:
     config = model.config
     if model.embed_tokens.weight.device.type != "cpu" or dtype != torch.float32:
         return False
-    if config.ffn == "polyglu" and config.routing == "static":  # it has no router
+    if config.kernels not in ("auto", "native") or not decode.available():
         return False
-    return config.kernels in ("auto", "native") and native.available() and decode.available()
+    # A static routing has no router; other feed-forward layers need no mixture.
+    return config.ffn != "polyglu" or (config.routing != "static" and native.available(config.n_activations))
 
 
 class Routed(NamedTuple):

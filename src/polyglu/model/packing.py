@@ -4,7 +4,7 @@ row 0: [ a a a a | b b ]      cu_seqlens over the flattened rows: 0 4 6 | 6+3 ..
 row 1: [ c c c | d d d ]      lengths: [4, 2, 3, 3]      positions: 0 1 2 3 0 1 0 1 2 0 1 2
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -93,6 +93,28 @@ def pack_rows(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
     bounds = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0).to(torch.int32)
     flat = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
     return flat[None].to(device), bounds
+
+
+def groups_of_tokens(
+    lengths: Sequence[int], max_tokens: int, max_rows: int | None = None, first: Sequence[int] | None = None
+) -> Iterator[slice]:
+    """Cut rows, in order, into groups of at most ``max_tokens`` tokens and ``max_rows`` rows; a longer row is alone.
+
+    Args:
+        lengths: tokens of each row.
+        max_tokens: of a group.
+        max_rows: of a group.
+        first: tokens of a row that begins a group, if that is more: with no row before it, it shares nothing.
+    """
+    start, total = 0, 0
+    for index, (length, whole) in enumerate(zip(lengths, first or lengths, strict=True)):
+        begins = index > start and (total + length > max_tokens or index - start == max_rows)
+        if begins:
+            yield slice(start, index)
+            start, total = index, 0
+        total += whole if begins else length
+    if start < len(lengths):
+        yield slice(start, len(lengths))
 
 
 def _masks(positions: Tensor) -> tuple[Tensor, Tensor]:

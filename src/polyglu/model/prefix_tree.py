@@ -22,38 +22,39 @@ from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.cache import features_by
 from polyglu.model.feed_forward import PolyGLU
 from polyglu.model.flash_attention import suffix_attention
-from polyglu.model.packing import Packing, pack_rows
+from polyglu.model.packing import Packing, groups_of_tokens, pack_rows
 from polyglu.model.routing import RoutingState
 
 Row = tuple[int, ...]
 
 
 def shares_prefixes(model: PolychromaticLM) -> bool:
-    """Whether a token of this model sees nothing after it."""
-    return model.config.ffn != "polyglu" or model.config.routing_scope == "causal"
+    """Whether a token of this model sees nothing after it: its routing is causal, or not decided by the text."""
+    return not routed_by_text(model) or model.config.routing_scope == "causal"
+
+
+def routed_by_text(model: PolychromaticLM) -> bool:
+    """Whether what is read decides between activations."""
+    config = model.config
+    return config.ffn == "polyglu" and config.routing != "static" and config.n_activations > 1
 
 
 def shared_lengths(rows: Sequence[Row]) -> list[int]:
     """For each row the number of tokens with which the row before it begins too."""
-    return [_shared(before, row) for before, row in pairwise([(), *rows])]
+    return [common_length(before, row) for before, row in pairwise([(), *rows])]
 
 
-def _shared(left: Row, right: Row) -> int:
+def common_length(left: Sequence[int], right: Sequence[int]) -> int:
+    """Tokens with which both rows begin."""
     pairs = enumerate(zip(left, right, strict=False))
     return next((place for place, (one, other) in pairs if one != other), min(len(left), len(right)))
 
 
 def tree_batches(rows: Sequence[Row], share: bool, max_tokens: int, max_rows: int | None = None) -> Iterator[slice]:
     """Cut rows, in order, into batches of at most ``max_tokens`` nodes and ``max_rows`` rows; a longer row is alone."""
-    start, total = 0, 0
-    for index, (row, shared) in enumerate(zip(rows, shared_lengths(rows), strict=True)):
-        own = len(row) - shared if share else len(row)
-        if index > start and (total + own > max_tokens or index - start == max_rows):
-            yield slice(start, index)
-            start, total, own = index, 0, len(row)
-        total += own
-    if start < len(rows):
-        yield slice(start, len(rows))
+    lengths = [len(row) for row in rows]
+    own = [length - shared for length, shared in zip(lengths, shared_lengths(rows), strict=True)]
+    return groups_of_tokens(own if share else lengths, max_tokens, max_rows, lengths)
 
 
 class Stretch(NamedTuple):
@@ -127,7 +128,7 @@ class _Nodes:
         packing = self.tree.packing
         projected = mlp.router.project(x)
         with torch.autocast(x.device.type, enabled=False):
-            own = packing.running_mean(projected)[0] * (packing.positions + 1)[:, None]  # sum in the stretch, [N, R]
+            own = RoutingState.along(projected, packing).total  # in the stretch, [N, R]
             before = self.tree.ancestry @ own[self.tree.branches]  # [S, R]
             state = RoutingState(own + before[self.row_of_node], (self.tree.positions + 1).float())
         return mlp.routed_by(x.transpose(0, 1), state, self.tau).transpose(0, 1)

@@ -42,16 +42,21 @@ class RoutingState:
         return cls(torch.zeros(rows, width, device=device), torch.zeros(rows, device=device))
 
     @classmethod
-    def after(cls, projected: Tensor, packing: Packing) -> "RoutingState":
-        """At the end of each document of a batch, in order.
+    def along(cls, projected: Tensor, packing: Packing) -> "RoutingState":
+        """At each position of a batch, ``B`` being all its tokens.
 
         Args:
             projected: ``[B, T, R]``.
             packing: documents of the batch.
         """
-        ends = packing.cu_seqlens[1:].long() - 1  # [documents]
-        count = (packing.positions[ends] + 1).to(projected.dtype)
-        return cls(packing.running_mean(projected).flatten(0, 1)[ends] * count[:, None], count)
+        count = (packing.positions + 1).to(projected.dtype)
+        return cls(packing.running_mean(projected).flatten(0, 1) * count[:, None], count)
+
+    @classmethod
+    def after(cls, projected: Tensor, packing: Packing) -> "RoutingState":
+        """At the end of each document of a batch, in order; arguments as in ``along``."""
+        states, ends = cls.along(projected, packing), packing.cu_seqlens[1:].long() - 1  # [documents]
+        return cls(states.total[ends], states.count[ends])
 
     def add(self, projected: Tensor) -> "RoutingState":
         """With the next position of each row, ``[B, R]``."""

@@ -91,6 +91,9 @@ def test_a_row_up_to_the_longest_position() -> None:
     cache.prefill(rows, [1, 0])  # in any order
     rows = [[*rows[1], 5], [*rows[0], 6]]
     check(model, rows, cache.step([5, 6]))
+    with pytest.raises(ValueError, match="a row has 24 positions already"):
+        cache.step([1, 2])
+    assert cache.lengths == [2, LIMIT]
 
 
 @pytest.mark.parametrize("step", STEPS)

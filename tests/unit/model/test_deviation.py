@@ -55,6 +55,7 @@ def test_only_what_changes_the_routing_approximates() -> None:
     assert names(routing_scope="causal") == ["frozen"]
     assert names(routing_scope="document") == names(routing_scope="sequence") == ["frozen", "running"]
     assert names(routing_scope="document", ffn="swiglu") == names(routing_scope="document", routing="static") == []
+    assert names(routing_scope="document", n_activations=1) == []
 
 
 def test_routing_that_no_token_moves_is_approximated_without_error() -> None:

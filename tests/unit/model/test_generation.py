@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import SHAPE, sharp_model
 
+from polyglu.errors import PolygluError
 from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.config import FeedForward
 from polyglu.model.generation import (
@@ -14,9 +15,9 @@ from polyglu.model.generation import (
     choose_tokens,
     generate,
     generate_rows,
-    groups_of_tokens,
     next_token_logits,
 )
+from polyglu.model.packing import groups_of_tokens
 
 TAU = 0.3
 PROMPTS = [[3, 1, 4, 1, 5], [17], [2, 6, 5, 3, 5, 8, 9, 7, 9], [33, 20], [7, 40, 1]]
@@ -163,6 +164,9 @@ def test_nothing_to_do() -> None:
     assert generate(make_model("causal"), [], max_new_tokens=1, tau=TAU, eos_ids=()) == []
     with pytest.raises(ValueError, match="max_new_tokens is 0; expected at least 1"):
         generate(make_model("causal"), PROMPTS, max_new_tokens=0, tau=TAU, eos_ids=())
+    for setting in ({"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 1.5}, {"top_k": -1}):
+        with pytest.raises(ValueError, match="expected 0 or more, top_p up to 1"):
+            generate(make_model("causal"), PROMPTS, max_new_tokens=1, tau=TAU, eos_ids=(), **setting)
 
 
 def test_rows_end_at_seq_length() -> None:
@@ -199,6 +203,19 @@ def test_draws_follow_the_probabilities_and_top_p() -> None:
     assert set(choose_tokens(logits, generators, 1.0, 0.6, top_k=2)) == {0}
     fresh = [[torch.Generator().manual_seed(row) for row in range(4000)] for _ in range(2)]
     assert choose_tokens(logits, fresh[0], 1.0, top_k=99) == choose_tokens(logits, fresh[1], 1.0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-300, 1.0, 1e300, float("inf")])
+def test_any_temperature_and_no_logit_that_is_no_number(temperature: float) -> None:
+    logits = torch.tensor([[0.5, 3e38, -3e38, -0.0], [1.0, 2.0, 3.0, 4.0]])
+    rngs = [torch.Generator().manual_seed(row) for row in range(2)]
+    first, second = choose_tokens(logits, rngs, temperature)
+    assert first == 1 or temperature > 1
+    assert second == 3 or temperature >= 1
+    for bad in (torch.nan, torch.inf):
+        logits[1, 2] = bad
+        with pytest.raises(PolygluError, match="not finite"):
+            choose_tokens(logits, rngs, temperature)
 
 
 @given(

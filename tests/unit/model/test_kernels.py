@@ -19,7 +19,7 @@ from polyglu import PolyGLU
 from polyglu.errors import PolygluError
 from polyglu.model.activations import ACTIVATIONS
 from polyglu.model.config import KernelName
-from polyglu.model.kernels import chunked, native
+from polyglu.model.kernels import chunked, compiled, decode, native
 from polyglu.model.kernels.compiled import load_library
 from polyglu.model.kernels.mixture import choose_kernel, gated_mixture_op
 from polyglu.model.routing import gated_mixture, projected_mixture
@@ -342,38 +342,87 @@ def test_the_operator_is_registered_as_pytorch_expects(kernel: str) -> None:
 
 def test_a_kernel_that_does_not_work_here_is_refused() -> None:
     cpu = torch.device("cpu")
-    assert choose_kernel("auto", cpu, torch.float32) == "native"
-    assert choose_kernel("auto", cpu, torch.float64) == "chunked"
+    assert choose_kernel("auto", cpu, torch.float32, 4) == "native"
+    assert choose_kernel("auto", cpu, torch.float64, 4) == "chunked"
     with pytest.raises(PolygluError, match=r"model\.kernels: triton .* choose auto"):
-        choose_kernel("triton", cpu, torch.float32)
+        choose_kernel("triton", cpu, torch.float32, 4)
     with pytest.raises(PolygluError, match=r"model\.kernels: native"):
-        choose_kernel("native", cpu, torch.float64)
+        choose_kernel("native", cpu, torch.float64, 4)
+
+
+def test_a_factor_of_another_dtype_is_converted() -> None:
+    """Kernels read both as one dtype: half of the numbers, or past their end."""
+    gate, up, neuron, token = inputs(2, 3, 40, 4, per_row=True, per_token=True)
+    for narrow, wide in ((gate.bfloat16(), up), (gate, up.bfloat16())):
+        hidden = gated_mixture(narrow, wide, neuron, token, 1.0, "native")
+        torch.testing.assert_close(
+            hidden, gated_mixture(narrow, wide.to(narrow.dtype), neuron, token, 1.0, "native"), rtol=0, atol=0
+        )
+        (d_up,) = torch.autograd.grad(hidden.sum(), up)
+        assert d_up.dtype == torch.float32 and d_up.abs().max() > 0
 
 
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compiled, "_failed", [])
     load_library.cache_clear()
     yield tmp_path / "polyglu"
     load_library.cache_clear()
 
 
-def test_without_a_compiler_another_kernel_serves(
-    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("compiler", ["", "false", "no/such/compiler"])
+def test_without_a_compiler_another_kernel_serves_which_is_told_once(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, compiler: str
 ) -> None:
-    monkeypatch.setenv("PATH", str(empty_cache))
-    monkeypatch.delenv("CXX", raising=False)
-    assert choose_kernel("auto", torch.device("cpu"), torch.float32) == "chunked"
-    assert "no native kernel for the CPU" in caplog.text and "g++" in caplog.text
-
-
-def test_a_compiler_that_fails_is_told(
-    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("CXX", "false")
-    assert not native.available()
-    assert "no native kernel for the CPU" in caplog.text
+    monkeypatch.setenv("CXX", compiler)
+    if not compiler:
+        monkeypatch.setenv("PATH", str(empty_cache))
+    assert choose_kernel("auto", torch.device("cpu"), torch.float32, 4) == "chunked"
+    assert not native.available(2) and not decode.available()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "no native kernel for the CPU" in caplog.text and (compiler or "g++") in caplog.text
     assert not list(empty_cache.glob("*"))
+
+
+def test_a_library_that_is_damaged_is_compiled_anew(empty_cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert load_library("decode")
+    (library,) = empty_cache.glob("*")
+    whole = library.stat().st_size
+    library.unlink()  # it is in use: its file must not be written to
+    library.write_bytes(b"")
+    load_library.cache_clear()
+    assert load_library("decode") and not caplog.records
+    assert [path.stat().st_size for path in empty_cache.glob("*")] == [whole]
+
+
+def test_a_folder_that_cannot_be_written_to(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    empty_cache.write_text("a file in its place")
+    assert load_library("decode") and not caplog.records
+    assert empty_cache.read_text() == "a file in its place"
+    empty_cache.unlink()
+    load_library.cache_clear()
+    may = os.access  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != empty_cache and may(path, mode))
+    assert load_library("decode") and not caplog.records
+    assert not list(empty_cache.glob("*"))
+
+
+def test_a_library_is_for_one_kind_of_processor(tmp_path: Path) -> None:
+    infos = [
+        "processor\t: 0\nmodel name\t: Xeon\ncpu MHz\t\t: 2100\nflags\t\t: avx avx2 avx512f\n\nprocessor\t: 1\n",
+        "processor\t: 0\nmodel name\t: Xeon\ncpu MHz\t\t: 2100\nflags\t\t: avx avx2\n",
+        "processor\t: 0\nFeatures\t: fp asimd\nCPU part\t: 0xd0c\n",
+        "processor\t: 0\nFeatures\t: fp asimd sve\nCPU part\t: 0xd0c\n",
+        "processor\t: 0\nFeatures\t: fp asimd sve\nCPU part\t: 0xd40\n",
+    ]
+    told = []
+    for info in [*infos, infos[0].replace("2100", "3300")]:  # a clock is no kind
+        (tmp_path / "cpuinfo").write_text(info)
+        told.append(compiled._processor(tmp_path / "cpuinfo"))
+    assert len(set(told)) == len(infos) and told[0] == told[-1]
 
 
 def test_processes_that_compile_at_once_leave_one_library(empty_cache: Path) -> None:

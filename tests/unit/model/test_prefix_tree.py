@@ -14,6 +14,7 @@ CPU = torch.device("cpu")
 KINDS: dict[str, dict[str, Any]] = {
     "causal": {"routing_scope": "causal"},
     "swiglu": {"ffn": "swiglu"},
+    "static": {"routing_scope": "document", "routing": "static"},
     "document": {"routing_scope": "document"},
 }
 MODELS = {kind: sharp_model(seq_length=32, **settings) for kind, settings in KINDS.items()}
@@ -46,8 +47,9 @@ def test_each_distinct_prefix_is_one_node(rows: list[tuple[int, ...]]) -> None:
 
 
 def test_only_models_whose_tokens_see_nothing_later_share() -> None:
-    assert [shares_prefixes(MODELS[kind]) for kind in KINDS] == [True, True, False]
+    assert [shares_prefixes(MODELS[kind]) for kind in KINDS] == [True, True, True, False]
     assert not shares_prefixes(sharp_model(routing_scope="sequence"))
+    assert shares_prefixes(sharp_model(routing_scope="document", n_activations=1))
 
 
 @settings(max_examples=30, deadline=None)

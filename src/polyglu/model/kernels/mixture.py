@@ -27,8 +27,8 @@ from polyglu.errors import PolygluError
 from polyglu.model.kernels import chunked, native
 
 
-def choose_kernel(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The kernel to use on a device; ``auto`` takes the fastest that works there.
+def choose_kernel(wanted: str, device: torch.device, dtype: torch.dtype, k: int) -> str:
+    """The kernel to use for K activations on a device; ``auto`` takes the fastest that works there.
 
     Raises:
         PolygluError: the kernel that is wanted does not work there.
@@ -36,7 +36,7 @@ def choose_kernel(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
     works = {"chunked": True, "triton": False, "native": False}
     if dtype in (torch.float32, torch.bfloat16):
         works["triton"] = device.type == "cuda" and triton_installed()
-        works["native"] = device.type == "cpu" and wanted in ("auto", "native") and native.available()
+        works["native"] = device.type == "cpu" and wanted in ("auto", "native") and native.available(k)
     if wanted == "auto":
         return "triton" if works["triton"] else "native" if works["native"] else "chunked"
     if not works.get(wanted, False):
@@ -53,9 +53,9 @@ def triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _implementation(wanted: str, gate: Tensor) -> Any:
+def _implementation(wanted: str, gate: Tensor, neuron: Tensor) -> Any:
     """Module with ``forward`` and ``backward``. Chosen inside the operator, where no compiler looks."""
-    kernel = choose_kernel(wanted, gate.device, gate.dtype)
+    kernel = choose_kernel(wanted, gate.device, gate.dtype, len(neuron))
     if kernel == "triton":
         from polyglu.model.kernels import triton_mixture  # Triton is not everywhere
 
@@ -69,7 +69,7 @@ def gated_mixture_op(gate: Tensor, up: Tensor, neuron: Tensor, token: Tensor, ke
 
     Args:
         gate: ``[B, T, F]``.
-        up: ``[B, T, F]``.
+        up: ``[B, T, F]``; of another dtype it is converted, for kernels read both as one.
         neuron: logits divided by the temperature, ``[K, 1 or B, F]``; fp32 (fp64 for an fp64 gate).
         token: the same, ``[K, B, S]``.
         kernel: which implementation.
@@ -77,8 +77,8 @@ def gated_mixture_op(gate: Tensor, up: Tensor, neuron: Tensor, token: Tensor, ke
     Returns:
         h, ``[B, T, F]`` in the dtype of ``gate``.
     """
-    forward = _implementation(kernel, gate).forward
-    hidden: Tensor = forward(_rows(gate), _rows(up), neuron.contiguous(), token.contiguous())
+    forward = _implementation(kernel, gate, neuron).forward
+    hidden: Tensor = forward(_rows(gate), _rows(up.to(gate.dtype)), neuron.contiguous(), token.contiguous())
     return hidden
 
 
@@ -91,9 +91,11 @@ def gated_mixture_backward_op(
     Returns:
         Gradients of gate, up, neuron and token logits; and h itself, if asked for, else an empty tensor.
     """
-    backward = _implementation(kernel, gate).backward
-    tensors = (_rows(d_hidden), _rows(gate), _rows(up), neuron.contiguous(), token.contiguous())
-    gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = backward(*tensors, with_hidden)
+    backward = _implementation(kernel, gate, neuron).backward
+    wide = (_rows(tensor.to(gate.dtype)) for tensor in (d_hidden, gate, up))
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = backward(
+        *wide, neuron.contiguous(), token.contiguous(), with_hidden
+    )
     return gradients
 
 

@@ -19,9 +19,9 @@ class Problem(ctypes.Structure):
     ]
 
 
-def available() -> bool:
-    """Whether a compiler is here that makes the library."""
-    return _library(1) is not None
+def available(k: int) -> bool:
+    """Whether a compiler is here that makes the library of K activations."""
+    return _library(k) is not None
 
 
 def forward(gate: Tensor, up: Tensor, neuron: Tensor, token: Tensor) -> Tensor:

@@ -35,21 +35,22 @@ def forward(gate: Tensor, up: Tensor, neuron: Tensor, token: Tensor) -> Tensor:
     logits, per_token = _logits(neuron, token)
     hidden = torch.empty_like(gate, memory_format=torch.contiguous_format)
     blocks, programs, _ = _blocks(gate, largest_span=128)
-    forward_kernel[(programs,)](
-        gate,
-        up,
-        logits,
-        token,
-        hidden,
-        _stride(gate),
-        _stride(up),
-        *_logit_strides(logits, token),
-        columns,
-        d_ff,
-        K=len(neuron),
-        PER_TOKEN=per_token,
-        **blocks,
-    )
+    with torch.cuda.device_of(gate):  # type: ignore[no-untyped-call]  # Triton launches on the current one
+        forward_kernel[(programs,)](
+            gate,
+            up,
+            logits,
+            token,
+            hidden,
+            _stride(gate),
+            _stride(up),
+            *_logit_strides(logits, token),
+            columns,
+            d_ff,
+            K=len(neuron),
+            PER_TOKEN=per_token,
+            **blocks,
+        )
     return hidden
 
 
@@ -77,28 +78,29 @@ def backward(
     others = len(neuron) - 1
     d_neuron = neuron.new_empty(rows, programs // neuron_blocks // rows, others, d_ff)  # a part from each program
     d_token = neuron.new_empty(neuron_blocks if per_token else 0, rows, columns, others)
-    backward_kernel[(programs,)](
-        d_hidden,
-        gate,
-        up,
-        logits,
-        token,
-        d_gate,
-        d_up,
-        d_neuron,
-        d_token,
-        hidden,
-        _stride(d_hidden),
-        _stride(gate),
-        _stride(up),
-        *_logit_strides(logits, token),
-        columns,
-        d_ff,
-        K=len(neuron),
-        PER_TOKEN=per_token,
-        WITH_HIDDEN=with_hidden,
-        **blocks,
-    )
+    with torch.cuda.device_of(gate):  # type: ignore[no-untyped-call]
+        backward_kernel[(programs,)](
+            d_hidden,
+            gate,
+            up,
+            logits,
+            token,
+            d_gate,
+            d_up,
+            d_neuron,
+            d_token,
+            hidden,
+            _stride(d_hidden),
+            _stride(gate),
+            _stride(up),
+            *_logit_strides(logits, token),
+            columns,
+            d_ff,
+            K=len(neuron),
+            PER_TOKEN=per_token,
+            WITH_HIDDEN=with_hidden,
+            **blocks,
+        )
     by_row = d_neuron.sum(1).movedim(1, 0)  # [K - 1, B, F]
     by_token = d_token.sum(0).movedim(2, 0) if per_token else by_row.sum(2, keepdim=True)
     return d_gate, d_up, _with_last(by_row.sum_to_size(others, *neuron.shape[1:])), _with_last(by_token), hidden
