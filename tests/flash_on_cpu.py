@@ -20,7 +20,7 @@ def use(backend: str, patch: pytest.MonkeyPatch) -> None:
     module.flash_attn_varlen_func = _package_function  # type: ignore[attr-defined]
     patch.setitem(sys.modules, "flash_attn", module)
     patch.setattr(flash_attention, "FLASH_ATTN_INSTALLED", backend == "flash_attn")
-    patch.setattr(flash_attention, "flash_serves", lambda device, dtype: True)
+    patch.setattr(flash_attention, "flash_serves", lambda *_: True)
 
 
 def _weights(query: Tensor, key: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, use_flash: bool
     Returns:
         ``[B, T, H, d]``.
     """
-    if use_flash and flash_serves(q.device, q.dtype):
+    if use_flash and flash_serves(q.device, q.dtype, q.shape[3]):
         return _flash(q, k, v, packing)
     return _sdpa(q, k, v, packing)
 
@@ -52,9 +52,9 @@ def suffix_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
 
 
-def flash_serves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether FlashAttention has kernels for a device and dtype."""
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+def flash_serves(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether FlashAttention has kernels for a device, a dtype and a width of heads."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:

@@ -211,8 +211,10 @@ def create_engine(model: PolychromaticLM, settings: LoopSection, ranks: Ranks) -
     """DeepSpeed when a launcher started the process as a rank, else plain PyTorch; the model moves to the device."""
     dtype = compute_dtype(settings.precision, ranks.device)
     loss = LanguageModelLoss(model, dtype, settings.activation_checkpointing, settings.entropy_reg)
-    flash = model.config.use_flash_attn and flash_serves(ranks.device, dtype)  # else attention asks for each document
-    if settings.compile == "auto" and flash and model.config.kernels != "reference":
+    config = model.config
+    # Without FlashAttention, attention asks for each document.
+    flash = config.use_flash_attn and flash_serves(ranks.device, dtype, config.head_dim)
+    if settings.compile == "auto" and flash and config.kernels != "reference":
         compile_blocks(model)
     make = DeepSpeedEngine if launched_distributed() else PlainEngine
     return make(loss.to(ranks.device).train(), settings, ranks)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from polyglu.model.flash_attention import attention
+from polyglu.model.flash_attention import attention, flash_serves
 from polyglu.model.packing import Packing
 
 HEAD_DIM = 6
@@ -96,3 +96,9 @@ def test_short_documents_in_bf16_are_rounded_once(lengths: list[int] | None) -> 
     exact = attention(*(x.float() for x in inputs), packing, use_flash=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(attention(*inputs, packing, use_flash=False), exact.bfloat16())
+
+
+def test_what_flash_attention_has_kernels_for() -> None:
+    cuda, half = torch.device("cuda"), torch.bfloat16
+    assert [flash_serves(cuda, half, width) for width in (8, 64, 256, 6, 20, 264)] == [True] * 3 + [False] * 3
+    assert not flash_serves(cuda, torch.float32, 64) and not flash_serves(torch.device("cpu"), half, 64)

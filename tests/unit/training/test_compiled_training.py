@@ -145,7 +145,7 @@ def test_code_is_made_for_the_size_that_was_found(monkeypatch: pytest.MonkeyPatc
 def test_blocks_are_compiled_where_attention_asks_for_no_document(
     model: dict[str, Any], settings: dict[str, Any], wanted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "flash_serves", lambda _, dtype: flash_serves(torch.device("cuda"), dtype))
+    monkeypatch.setattr(engine_module, "flash_serves", lambda _, *shape: flash_serves(torch.device("cuda"), *shape))
     section = TrainingSection(**{"precision": "bf16", **settings})
     engine = create_engine(create_model(SMALL.model_copy(update=model)), section, Ranks(torch.device("cpu")))
     assert [block._compiled_call_impl is not None for block in engine.loss.model.layers] == [wanted] * 2
