@@ -4,10 +4,10 @@
                         ├─► compare ──► rows ──► table, comparison.json, comparison.png
     B.json, B.samples/ ─┘
 
-A difference is B - A. Where the samples of both are there, it is taken sample by sample (paired): what makes a question
-hard for both cancels, and the standard error is that of the mean difference. Otherwise the two standard errors are
-added in quadrature, as of independent samples. Results that were not measured alike have no difference, but the reason
-why.
+A difference is B - A. Where the samples of both are there, it is taken sample by sample (paired), over those that both
+have: what makes a question hard for both cancels, and the standard error is that of the mean difference. Held-out text
+is paired by documents. Otherwise the two standard errors are added in quadrature, as of independent samples. Results
+that were not measured alike have no difference, but the reason why.
 """
 
 import json
@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from polyglu.errors import PolygluError, run_command
-from polyglu.estimates import estimate
+from polyglu.estimates import Estimate, estimate, ratio_estimate
 from polyglu.eval_comparison_figure import draw
 from polyglu.evaluation.samples import samples_folder
 from polyglu.files import check_writable, read_json, write_atomically, write_json
@@ -32,8 +32,10 @@ Row = dict[str, Any]
 Values = dict[tuple[str, int], tuple[str, float]]
 """(Task, number of the document) -> (the document, its score)."""
 
-ALIKE = {"version": "task version", "num_fewshot": "examples in the prompt", "n_samples": "samples"}
+ALIKE = {"version": "task version", "num_fewshot": "examples in the prompt"}
 """What two results of a task must share, and its name in a sentence."""
+AS_MANY = {"n_samples": "samples"}
+"""What they must share as well if they cannot be paired."""
 NOTED = ("apply_chat_template", "system_instruction", "limit")
 """Settings that are told where they differ."""
 HELD_OUT = ("bits_per_byte", "nats_per_token")
@@ -54,7 +56,7 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], a_folder: Path, b_folder
     Returns:
         A row for each metric of each task or source that either has: ``name``; ``metric``; ``a`` and ``b``, each
         ``value``, ``stderr`` and ``n``, or None; ``difference`` and ``difference_stderr``; ``method``: ``paired``,
-        ``unpaired`` or None; ``n_pairs``; ``higher_is_better``; ``member_of``: the group that holds the task;
+        ``unpaired`` or None; ``n_pairs``, what both have; ``higher_is_better``; ``member_of``: the group that holds the task;
         ``not_comparable``: reasons.
     """
     rows = []
@@ -62,17 +64,17 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], a_folder: Path, b_folder
     names = dict.fromkeys([*a["results"], *b["results"]])
     for name in sorted(names, key=lambda name: (groups.get(name, name), name in groups)):  # members after their group
         ours, theirs = a["results"].get(name, {}), b["results"].get(name, {})
-        reasons = _unlike(name, a["results"], b["results"])
+        reasons = _unlike(name, a["results"], b["results"], ALIKE)
+        of_number = _unlike(name, a["results"], b["results"], AS_MANY)
         for metric in dict.fromkeys([*_metrics(ours), *_metrics(theirs)]):
             left, right = _score(ours, metric), _score(theirs, metric)
             row = {"name": name, "metric": metric, "a": left, "b": right, "member_of": groups.get(name)}
             row["higher_is_better"] = {**ours, **theirs}.get("higher_is_better", {}).get(metric.split(",")[0])
-            pairs = None
+            paired = None
             if left and right and not reasons:
-                pairs = _pairs(
-                    _samples(a_folder, name, ours, metric), _samples(b_folder, name, theirs, metric), left, right
-                )
-            rows.append(row | _difference(left, right, reasons, pairs))
+                samples = (_samples(*found) for found in ((a_folder, name, ours, metric), (b_folder, name, theirs, metric)))
+                paired = _paired(*samples, left, right)
+            rows.append(row | _difference(left, right, reasons or ([] if paired else of_number), paired))
     for source in dict.fromkeys([*a["perplexity"], *b["perplexity"]]):
         rows.append(_held_out(source, a, b))
     return rows
@@ -89,19 +91,19 @@ def _score(result: Mapping[str, Any], metric: str) -> Row | None:
     return {"value": result[metric], "stderr": stderr, "n": result.get("n_samples")}
 
 
-def _unlike(name: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Why results of one name cannot be compared; of a group, for any of its tasks."""
+def _unlike(name: str, a: Mapping[str, Any], b: Mapping[str, Any], alike: Mapping[str, str]) -> list[str]:
+    """In what results of one name differ that should not; of a group, for any of its tasks."""
     if name not in a or name not in b:
         return []
     reasons = [
         f"{words}: {a[name].get(key)} and {b[name].get(key)}"
-        for key, words in ALIKE.items()
+        for key, words in alike.items()
         if a[name].get(key) != b[name].get(key)
     ]
     ours, theirs = a[name].get("tasks", []), b[name].get("tasks", [])
     if sorted(ours) != sorted(theirs):
         return [*reasons, "tasks of the group differ"]
-    return [*reasons, *dict.fromkeys(reason for task in ours for reason in _unlike(task, a, b))]
+    return [*reasons, *dict.fromkeys(reason for task in ours for reason in _unlike(task, a, b, alike))]
 
 
 def _samples(folder: Path, name: str, result: Mapping[str, Any], metric: str) -> Values | None:
@@ -125,36 +127,31 @@ def _samples(folder: Path, name: str, result: Mapping[str, Any], metric: str) ->
     return values
 
 
-def _pairs(ours: Values | None, theirs: Values | None, a: Row, b: Row) -> list[float] | None:
-    """Differences of two results sample by sample; None unless they are of the same documents, and make the scores.
+def _paired(ours: Values | None, theirs: Values | None, a: Row, b: Row) -> Estimate | None:
+    """Mean difference of two results sample by sample, of those that both have; None without any.
 
-    A score that is no mean of its samples, and files that another evaluation left, make no pairs.
+    Samples of one number with other documents, a score that is no mean of its samples, and files that another
+    evaluation left make no pairs.
     """
-    if not ours or not theirs or ours.keys() != theirs.keys():
-        return None
-    if any(ours[key][0] != theirs[key][0] for key in ours):
+    both = sorted(ours.keys() & theirs.keys()) if ours and theirs else []
+    if not ours or not theirs or not both or any(ours[key][0] != theirs[key][0] for key in both):
         return None
     for values, reported in ((ours, a), (theirs, b)):
         mean = math.fsum(value for _, value in values.values()) / len(values)
         if not abs(mean - reported["value"]) < CLOSE:
             return None
-    return [theirs[key][1] - ours[key][1] for key in sorted(ours)]
+    return estimate([theirs[key][1] - ours[key][1] for key in both])
 
 
-def _difference(a: Row | None, b: Row | None, reasons: Sequence[str], pairs: Sequence[float] | None) -> Row:
+def _difference(a: Row | None, b: Row | None, reasons: Sequence[str], paired: Estimate | None) -> Row:
     """Of two scores, with its standard error."""
     found: Row = {"difference": None, "difference_stderr": None, "method": None, "n_pairs": None}
     found["not_comparable"] = list(reasons) if a and b else []
     if a is None or b is None or reasons:
         return found
-    if pairs is not None:
-        mean = estimate(pairs)
-        return found | {
-            "difference": mean.mean,
-            "difference_stderr": mean.stderr,
-            "method": "paired",
-            "n_pairs": len(pairs),
-        }
+    if paired is not None:
+        told = {"difference": paired.mean, "difference_stderr": paired.stderr, "n_pairs": paired.n}
+        return found | told | {"method": "paired"}
     known = a["stderr"] is not None and b["stderr"] is not None
     stderr = math.hypot(a["stderr"], b["stderr"]) if known else None
     return found | {"difference": b["value"] - a["value"], "difference_stderr": stderr, "method": "unpaired"}
@@ -174,7 +171,16 @@ def _held_out(source: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Row:
         size = "bytes" if metric == "bits_per_byte" else "tokens"
         reasons = [f"{key}: {ours[key]} and {theirs[key]}" for key in ("documents", size) if ours[key] != theirs[key]]
     row = {"name": source, "metric": metric, "a": left, "b": right, "member_of": None, "higher_is_better": False}
-    return row | _difference(left, right, reasons, None)
+    return row | _difference(left, right, reasons, _paired_documents(ours or {}, theirs or {}, metric))
+
+
+def _paired_documents(ours: Row, theirs: Row, metric: str) -> Estimate | None:
+    """Difference of held-out text document by document; None unless both had the same tokens."""
+    a, b = ours.get("each"), theirs.get("each")
+    if not a or not b or a["sha256"] != b["sha256"]:
+        return None
+    sizes, unit = (a["bytes"], math.log(2)) if metric == "bits_per_byte" else (a["tokens"], 1.0)
+    return ratio_estimate([(after - before) / unit for before, after in zip(a["nats"], b["nats"], strict=True)], sizes)
 
 
 def noted(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -200,6 +206,8 @@ def comparison_table(rows: Iterable[Row]) -> Table:
     table.add_column("how", min_width=8)
     for row in rows:
         how = f"not comparable: {'; '.join(row['not_comparable'])}" if row["not_comparable"] else row["method"] or ""
+        if row["n_pairs"] and any(found["n"] not in (None, row["n_pairs"]) for found in (row["a"], row["b"])):
+            how = f"{how}, {row['n_pairs']:,} that both have"
         cells = [_with_error(found["value"], found["stderr"]) if found else "–" for found in (row["a"], row["b"])]
         difference = "" if row["difference"] is None else _with_error(row["difference"], row["difference_stderr"], "+")
         name = f"  {row['name']}" if row["member_of"] else row["name"]

@@ -106,6 +106,17 @@ def append_rows(path: Path, rows: Iterable[Any]) -> None:
             raise
 
 
+def read_rows(path: Path) -> list[Any]:
+    """JSON values of a file, one a line; none if there is no file. A line that was cut off is passed over."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
 def seal(content: Any) -> str:
     """SHA-256 (hex) of a JSON value, however it is laid out: kept beside it, it shows any change."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

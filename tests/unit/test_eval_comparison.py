@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 import typer
+from rich.console import Console
+from rich.table import Table
 from typer.testing import CliRunner
 
 from polyglu import eval_comparison
 from polyglu.errors import PolygluError
-from polyglu.eval_comparison import compare, noted
+from polyglu.estimates import ratio_estimate
+from polyglu.eval_comparison import compare, comparison_table, noted
 from polyglu.evaluation.samples import samples_folder
 
 A = {"x": [0, 1, 1, 0], "y": [1, 0]}
@@ -103,7 +106,6 @@ def test_other_documents_of_the_same_number_make_no_pairs(tmp_path: Path) -> Non
     [
         ({"num_fewshot": 5}, "examples in the prompt: 0 and 5"),
         ({"version": "2.0"}, "task version: 1.0 and 2.0"),
-        ({"n_samples": 3}, "samples: 4 and 3"),
     ],
 )
 def test_what_was_measured_otherwise_has_no_difference(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
@@ -113,6 +115,25 @@ def test_what_was_measured_otherwise_has_no_difference(tmp_path: Path, changes: 
     for name in ("x", "group"):
         assert rows[name]["difference"] is None and rows[name]["not_comparable"] == [said]
     assert rows["y"]["method"] == "paired"
+
+
+def test_another_limit_leaves_the_samples_that_both_have(tmp_path: Path) -> None:
+    fewer = {"x": B["x"][:3], "y": B["y"]}
+    rows = compared(tmp_path / "kept", evaluation(A), evaluation(fewer), A, fewer)
+    assert (rows["x"]["method"], rows["x"]["n_pairs"]) == ("paired", 3)
+    assert rows["x"]["difference"] == pytest.approx(1 / 3)
+    assert rows["x"]["difference_stderr"] == pytest.approx(stderr([1, 0, 0]))
+    assert rows["group"]["n_pairs"] == 5 and rows["group"]["difference"] == pytest.approx(2 / 5)
+    assert "3 that both have" in as_text(comparison_table(rows.values()))
+    rows = compared(tmp_path / "lost", evaluation(A), evaluation(fewer), None, fewer)
+    for name in ("x", "group"):
+        assert rows[name]["difference"] is None and rows[name]["not_comparable"] == ["samples: 4 and 3"]
+
+
+def as_text(table: Table) -> str:
+    console = Console(record=True, width=200)
+    console.print(table)
+    return console.export_text()
 
 
 def test_a_task_that_one_has_is_shown(tmp_path: Path) -> None:
@@ -133,6 +154,23 @@ def test_held_out_text_is_compared_by_the_byte(tmp_path: Path) -> None:
     assert rows["only"]["metric"] == "nats_per_token" and rows["only"]["b"] is None
     b["perplexity"]["held"]["bytes"] = 80
     assert compared(tmp_path, a, b)["held"]["not_comparable"] == ["bytes: 90 and 80"]
+
+
+def test_held_out_documents_of_the_same_tokens_are_paired(tmp_path: Path) -> None:
+    def held_out(nats: list[float], sha256: str = "0") -> dict[str, Any]:
+        each = {"sha256": sha256, "nats": nats, "tokens": [10, 20, 30], "bytes": [40, 60, 100]}
+        sums = {"documents": 3, "tokens": 60, "bytes": 200, "nats_per_token": sum(nats) / 60}
+        return {"held": sums | {"bits_per_byte": sum(nats) / math.log(2) / 200, "each": each}}
+
+    a, b = evaluation(A), evaluation(B)
+    a["perplexity"], b["perplexity"] = held_out([20.0, 50.0, 60.0]), held_out([18.0, 49.0, 57.0])
+    row = compared(tmp_path, a, b)["held"]
+    expected = ratio_estimate([-2 / math.log(2), -1 / math.log(2), -3 / math.log(2)], [40, 60, 100])
+    assert (row["method"], row["n_pairs"], row["metric"]) == ("paired", 3, "bits_per_byte")
+    assert row["difference"] == pytest.approx(row["b"]["value"] - row["a"]["value"])
+    assert row["difference_stderr"] == pytest.approx(expected.stderr)
+    b["perplexity"] = held_out([18.0, 49.0, 57.0], "another text")
+    assert compared(tmp_path, a, b)["held"]["method"] == "unpaired"
 
 
 def test_settings_that_differ_are_noted() -> None:

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import signal
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -30,6 +31,8 @@ from polyglu.model.cache import compute_dtype
 
 SEAL = 16
 """Hexadecimal digits of a line's seal, and of the hash of a model."""
+FLUSH_SECONDS = 10.0
+"""The most that a power cut takes, of answers that came before the last one; a kill takes nothing."""
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +132,7 @@ class KeptAnswers(Answers):
         self.path, self._lock = path, _locked(path)
         if fresh:
             os.truncate(path, 0)
-        self._of = seal(model)[:SEAL]
+        self._of, self._flushed = seal(model)[:SEAL], time.monotonic()
         rows = self._read()
         self._answers = {row["key"]: row["answer"] for row in rows if row["of"] == self._of and "key" in row}
         if not any(row["of"] == self._of for row in rows):
@@ -146,7 +149,7 @@ class KeptAnswers(Answers):
         return found
 
     def add(self, answered: Iterable[tuple[Question, Any]]) -> None:
-        """Append answers by one call of the system: they outlive the process from now on.
+        """Append answers by one call of the system: they outlive the process from now on, and soon a power cut.
 
         Raises:
             OSError: the file cannot be written to, as on a full disk; what it holds is as before.
@@ -159,6 +162,9 @@ class KeptAnswers(Answers):
         ]
         self._append(rows)
         self._answers |= {row["key"]: row["answer"] for row in rows}
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            flush(self.path)
+            self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Flush the file to disk, and let other processes use it."""

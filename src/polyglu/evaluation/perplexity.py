@@ -10,12 +10,14 @@ alike, and an interval over tokens would be far too narrow.
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from polyglu.data.held_out import Document, first_documents
 from polyglu.data.tokenizer import Tokenizer
 from polyglu.estimates import Estimate, ratio_estimate
 from polyglu.evaluation.answers import Answers, Asker
 from polyglu.evaluation.scoring import rolling_requests, score
+from polyglu.files import seal
 from polyglu.model.architecture import PolychromaticLM
 
 MAX_EXPONENT = 700.0
@@ -31,7 +33,7 @@ def perplexity(
     max_tokens: int,
     batch_size: int | None = None,
     answers: Answers | None = None,
-) -> dict[str, float | int]:
+) -> dict[str, Any]:
     """Perplexity of the first documents of a source.
 
     Args:
@@ -47,7 +49,8 @@ def perplexity(
         ``tokens``, ``documents``; ``nats_per_token`` and ``perplexity``, its exponential; ``bytes`` and
         ``bits_per_byte``, if bytes are known. Each of the three with ``_low`` and ``_high``, the 95% confidence
         interval over documents (``ratio_estimate``), and the two that are ratios with ``_stderr``; a single document
-        gives none.
+        gives none. ``each``: ``nats``, ``tokens`` and ``bytes`` (if known) of every document, and ``sha256`` of all
+        their tokens: of two models with equal ones, documents can be paired.
 
     Raises:
         PolygluError: no such source, not of its format, of another tokenizer, or without text.
@@ -64,21 +67,23 @@ def perplexity(
     nats = [0.0] * len(documents)
     for request, found in zip(requests, scores, strict=True):
         nats[request.asker.doc or 0] -= found.log_likelihood
-    return _summary(documents, nats)
+    of_tokens = seal([tokenizer.fingerprint, *(document.tokens for document in documents)])
+    return _summary(documents, nats, of_tokens)
 
 
-def _summary(documents: Sequence[Document], nats: Sequence[float]) -> dict[str, float | int]:
-    """Numbers of a source from its documents and the negative log-likelihood of each."""
+def _summary(documents: Sequence[Document], nats: Sequence[float], of_tokens: str) -> dict[str, Any]:
+    """Numbers of a source from its documents, the negative log-likelihood of each, and the hash of their tokens."""
     lengths = [len(document.tokens) for document in documents]
     per_token = ratio_estimate(nats, lengths)
-    result: dict[str, float | int] = {"tokens": sum(lengths), "documents": len(documents)}
+    each = {"sha256": of_tokens, "nats": [round(value, 6) for value in nats], "tokens": lengths}
+    result: dict[str, Any] = {"tokens": sum(lengths), "documents": len(documents), "each": each}
     result |= _named("nats_per_token", per_token)
     for end, value in (("", per_token.mean), ("_low", per_token.low), ("_high", per_token.high)):
         if value is not None:
             result[f"perplexity{end}"] = math.exp(min(value, MAX_EXPONENT))
     sizes = [document.n_bytes for document in documents if document.n_bytes is not None]
     if len(sizes) == len(documents):
-        result["bytes"] = sum(sizes)
+        result["bytes"], each["bytes"] = sum(sizes), sizes
         result |= _named("bits_per_byte", ratio_estimate([value / math.log(2) for value in nats], sizes))
     return result
 

@@ -177,7 +177,7 @@ def _published(
     return {"published": beside_published(results, perplexities)}
 
 
-def _perplexity(path: Path, opened: Inference, settings: EvalSettings, answers: Answers) -> dict[str, float | int]:
+def _perplexity(path: Path, opened: Inference, settings: EvalSettings, answers: Answers) -> dict[str, Any]:
     return perplexity(
         opened.model,
         opened.tokenizer,

@@ -1,14 +1,17 @@
 """Model card of an exported folder. It says what is known of a checkpoint and its run, and leaves out the rest."""
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from polyglu.config_file import load_config
+from polyglu.data.manifest import read_manifest
 from polyglu.errors import PolygluError
-from polyglu.files import read_json
-from polyglu.model.config import RoutingScope, SFTConfig, TrainConfig
+from polyglu.files import read_json, read_rows
+from polyglu.model.config import RoutingScope, SFTConfig, SourceConfig, TrainConfig
 from polyglu.model.model import Checkpoint, describe_shape
 
 SCOPES: dict[RoutingScope, str] = {
@@ -34,23 +37,36 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 Training by transformers is deterministic: it adds no Gumbel noise and keeps the routing temperature. Rows may be padded
 on either side if `attention_mask` says so; they must not be packed."""
 
-Run = TrainConfig | SFTConfig
+
+
+class Run(NamedTuple):
+    """What a training has left."""
+
+    config: TrainConfig | SFTConfig
+    metrics: Sequence[Mapping[str, Any]] = ()
+    """Rows of its ``metrics.jsonl``."""
+    manifests: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    """Source -> manifest of its tokens, where they still are."""
 
 
 def read_run(folder: Path, checkpoint: Checkpoint) -> Run:
-    """Read the settings that a run has left in its ``run_dir``.
+    """Read what a run has left in its ``run_dir``, and the manifests of its data if they are where it had them.
 
     Raises:
-        PolygluError: no run, or one of a model of another shape.
+        PolygluError: no run, one of a model of another shape, or a manifest that is none.
     """
     file = folder / "config.yaml"
     if not file.is_file():
         raise PolygluError(f"--run {folder} has no config.yaml; give the run_dir of a training.")
     is_training = any(line.startswith("model:") for line in file.read_text(encoding="utf-8").splitlines())
-    run: Run = load_config(TrainConfig, file) if is_training else load_config(SFTConfig, file)
-    if isinstance(run, TrainConfig) and describe_shape(run.model) != describe_shape(checkpoint.config):
+    metrics = [row for row in read_rows(folder / "metrics.jsonl") if isinstance(row, dict) and "step" in row]
+    if not is_training:
+        return Run(load_config(SFTConfig, file), metrics)
+    config = load_config(TrainConfig, file)
+    if describe_shape(config.model) != describe_shape(checkpoint.config):
         raise PolygluError(f"--run {folder} trained a model of another shape; give the run of this checkpoint.")
-    return run
+    manifests = {name: read_manifest(Path(source.path)) for name, source in config.data.sources.items()}
+    return Run(config, metrics, {name: manifest for name, manifest in manifests.items() if manifest is not None})
 
 
 def read_results(file: Path, digest: str) -> Mapping[str, Any]:
@@ -82,7 +98,7 @@ def model_card(
         name: heading.
         checkpoint: what is exported.
         hashes: what -> SHA-256 (hex).
-        runs: settings of the trainings that led to it.
+        runs: the trainings that led to it.
         results: evaluations of it.
         figures: file names, relative to the card.
     """
@@ -131,22 +147,48 @@ def _model_rows(checkpoint: Checkpoint) -> list[tuple[str, ...]]:
 
 
 def _run_rows(run: Run) -> list[tuple[str, ...]]:
-    settings = run.training.model_dump(mode="json")
+    settings = run.config.training.model_dump(mode="json")
     unsaid = {"init_from", "checkpoint_dir", "run_dir", "resume_from", "log_every", "deepspeed_config"}
-    stage = "pre-training" if isinstance(run, TrainConfig) else "fine-tuning"
-    return [("stage", stage), *((key, str(value)) for key, value in settings.items() if key not in unsaid)]
+    stage = "pre-training" if isinstance(run.config, TrainConfig) else "fine-tuning"
+    kept = [(key, str(value)) for key, value in settings.items() if key not in unsaid]
+    return [("stage", stage), *_outcome(run.metrics), *kept]
+
+
+def _outcome(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """What came of a run: rows of its first and last logged steps."""
+
+    rows = []
+    losses = {row["step"]: row["train/loss"] for row in metrics if row.get("train/loss") is not None}
+    if losses:
+        (_, first), (step, last) = min(losses.items()), max(losses.items())
+        rows.append((f"training loss, first and at step {step:,}", f"{first:.4f}, {last:.4f}"))
+    if speeds := [row["train/tokens_per_sec"] for row in metrics if row.get("train/tokens_per_sec") is not None]:
+        rows.append(("tokens a second, median", f"{statistics.median(speeds):,.0f}"))
+    return rows
 
 
 def _data(run: Run) -> str:
-    if isinstance(run, TrainConfig):
-        shares = [(name, f"{source.mix:.0%}", f"{source.mix_end:.0%}") for name, source in run.data.sources.items()]
-        return _table(["source", "share of the mix", "at the end"], shares)
-    kept = {"dataset", "config", "splits", "revision"} if not run.data.files else {"files"}
-    data = run.data.model_dump(mode="json", include=kept | {"max_conversations"}, exclude_none=True)
+    config = run.config
+    if isinstance(config, TrainConfig):
+        titles = ["source", "share of the mix", "at the end", "tokens", "documents", "data set", "revision"]
+        return _table(titles, [_source(name, source, run.manifests) for name, source in config.data.sources.items()])
+    kept = {"dataset", "config", "splits", "revision"} if not config.data.files else {"files"}
+    data = config.data.model_dump(mode="json", include=kept | {"max_conversations"}, exclude_none=True)
     if "files" in data:
         data["files"] = [Path(file).name for file in data["files"]]
     rows = [(key, json.dumps(value, ensure_ascii=False)) for key, value in data.items()]
     return _table(["conversations", ""], rows)
+
+
+def _source(name: str, source: SourceConfig, manifests: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    shares = name, f"{source.mix:.0%}", f"{source.mix_end:.0%}"
+    if name not in manifests:
+        return *shares, "", "", "", ""
+    manifest = manifests[name]
+    origin, counts = manifest["source"], [f"{manifest[key]:,}" for key in ("tokens", "documents")]
+    called = [str(origin[key]) for key in ("dataset", "config", "split") if origin.get(key)]
+    called = called or [Path(file["path"]).name for file in origin["files"][:3]]
+    return *shares, *counts, " ".join(called), str(origin.get("revision") or "")
 
 
 def _scores(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:

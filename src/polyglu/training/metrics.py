@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from polyglu.config_file import save_config
+from polyglu.files import read_rows
 from polyglu.model.config import SFTConfig, TrainConfig, WandbSection
-from polyglu.training.row_file import RowFile, read_rows, write_rows
+from polyglu.training.row_file import RowFile, write_rows
 from polyglu.training.wandb_run import open_wandb
 
 logger = logging.getLogger(__name__)

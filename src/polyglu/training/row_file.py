@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from polyglu.files import append_rows, flush, write_text
+from polyglu.files import append_rows, flush, read_rows, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -73,17 +73,6 @@ class RowFile:
                 "%s cannot be used (%s): training goes on; new rows are kept until it can", self.path, error.strerror
             )
         self.failing = True
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file; empty if there is none. A line that was cut off is passed over."""
-    rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -17,12 +17,13 @@ from typer.testing import CliRunner
 from polyglu.cli import build_app
 from polyglu.config_file import save_config
 from polyglu.data.chat import render_prompt
+from polyglu.data.manifest import new_manifest, write_manifest
 from polyglu.data.tokenizer import load_tokenizer, train_bpe
 from polyglu.errors import PolygluError
 from polyglu.export import export_folder
 from polyglu.export.export_folder import export, replacing
 from polyglu.export.import_folder import import_checkpoint
-from polyglu.files import sha256, write_json
+from polyglu.files import append_rows, sha256, write_json
 from polyglu.inference import open_for_inference
 from polyglu.model.config import SFTConfig, TrainConfig
 from polyglu.model.model import load_checkpoint, read_checkpoint, save_portable
@@ -105,12 +106,22 @@ def test_the_card_says_what_is_known(exported: Exported, tmp_path: Path) -> None
     checkpoint, folder = exported(**CAUSAL)
     assert "## Data" not in (folder / "README.md").read_text() and "Scores" not in (folder / "README.md").read_text()
     described = read_checkpoint(checkpoint)
+    chunk = {"file": "chunk_00000.bin", "tokens": 4200, "documents": 7, "sha256": "0"}
+    tokenizer = {"name": "t", "fingerprint": "0", "vocab_size": 9, "eos_id": 8}
+    origin = {"dataset": "owner/math", "config": "4plus", "revision": "c0ffee"}
+    manifest = new_manifest(tokenizer, origin, 5000)
+    manifest |= {"chunks": [chunk], "tokens": 4200, "documents": 7, "complete": True}
+    (tmp_path / "math").mkdir()
+    write_manifest(tmp_path / "math", manifest)
     train = TrainConfig(model=described.config)
+    train.data.sources["math"].path = str(tmp_path / "math")
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures/entropy_per_layer.png").write_bytes(b"png")
     for name, config in (("pretrain", train), ("sft", SFTConfig())):
         (tmp_path / name).mkdir()
         save_config(config, tmp_path / name / "config.yaml")
+    rows = [{"step": step, "train/loss": 12 / step, "train/tokens_per_sec": 1000.0 * step} for step in (1, 2, 3)]
+    append_rows(tmp_path / "pretrain/metrics.jsonl", [*rows, {"step": 1500, "train/loss": None}])
     results = {
         "checkpoint": {"path": "x.pt", "sha256": sha256(checkpoint)},
         "results": {"gsm8k": {"exact_match,strict": 0.25, "exact_match_stderr,strict": 0.01, "n_samples": 4.0}},
@@ -122,7 +133,8 @@ def test_the_card_says_what_is_known(exported: Exported, tmp_path: Path) -> None
     assert code == 0, said
     card = (tmp_path / "new/README.md").read_text()
     for line in (
-        "| math | 70% | 85% |", "| learning_rate | 0.0001 |", "| stage | fine-tuning |", "nvidia/Nemotron-Math-v2",
+        "| math | 70% | 85% | 4,200 | 7 | owner/math 4plus | c0ffee |", "| stem | 25% | 10% |  |  |  |  |",
+        "| training loss, first and at step 3 | 12.0000, 4.0000 |", "| tokens a second, median | 2,000 |", "| learning_rate | 0.0001 |", "| stage | fine-tuning |", "nvidia/Nemotron-Math-v2",
         "| gsm8k | exact_match,strict | 0.2500 | 0.0100 |", "| math | perplexity | 3.5000 |  |",
         "| routing scope, temperature | causal, 0.3 |", "| training step | 11 |", sha256(checkpoint),
         "(figures/entropy_per_layer.png)", "Routing sees only earlier tokens",
