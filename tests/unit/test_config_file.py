@@ -42,6 +42,9 @@ def write(folder: Path, text: str) -> Path:
         ("data: {sources: {}}", r"data.sources"),
         ("data: {sources: {a: {mix: 1, mix_end: 1}}}", r"data.sources.a.path: Field required"),
         ("- a\n- b", r"must be a mapping"),
+        ("training: {learning_rate: true}", r"training.learning_rate: must not be true"),
+        ("training: {seed: no}", r"training.seed: must not be false"),
+        ("training:\n  seed: 1\n  gumbel: true\n  seed: 2\n", r"'seed' is given twice\s.*line 4"),
         ("a: [", r"not valid YAML"),
     ],
 )
