@@ -56,8 +56,8 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], a_folder: Path, b_folder
     Returns:
         A row for each metric of each task or source that either has: ``name``; ``metric``; ``a`` and ``b``, each
         ``value``, ``stderr`` and ``n``, or None; ``difference`` and ``difference_stderr``; ``method``: ``paired``,
-        ``unpaired`` or None; ``n_pairs``, what both have; ``higher_is_better``; ``member_of``: the group that holds the task;
-        ``not_comparable``: reasons.
+        ``unpaired`` or None; ``n_pairs``, what both have; ``higher_is_better``; ``member_of``: the group that holds the
+        task; ``not_comparable``: reasons.
     """
     rows = []
     groups = {task: name for found in (a, b) for name, one in found["results"].items() for task in one.get("tasks", [])}
@@ -72,7 +72,7 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], a_folder: Path, b_folder
             row["higher_is_better"] = {**ours, **theirs}.get("higher_is_better", {}).get(metric.split(",")[0])
             paired = None
             if left and right and not reasons:
-                samples = (_samples(*found) for found in ((a_folder, name, ours, metric), (b_folder, name, theirs, metric)))
+                samples = _samples(a_folder, name, ours, metric), _samples(b_folder, name, theirs, metric)
                 paired = _paired(*samples, left, right)
             rows.append(row | _difference(left, right, reasons or ([] if paired else of_number), paired))
     for source in dict.fromkeys([*a["perplexity"], *b["perplexity"]]):

@@ -38,7 +38,6 @@ Training by transformers is deterministic: it adds no Gumbel noise and keeps the
 on either side if `attention_mask` says so; they must not be packed."""
 
 
-
 class Run(NamedTuple):
     """What a training has left."""
 
@@ -155,9 +154,8 @@ def _run_rows(run: Run) -> list[tuple[str, ...]]:
 
 
 def _outcome(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """What came of a run: rows of its first and last logged steps."""
-
-    rows = []
+    """What came of a run, by its metrics."""
+    rows: list[tuple[str, ...]] = []
     losses = {row["step"]: row["train/loss"] for row in metrics if row.get("train/loss") is not None}
     if losses:
         (_, first), (step, last) = min(losses.items()), max(losses.items())

@@ -51,7 +51,8 @@ def test_chunks_give_what_their_texts_give(
         tmp_path / "chunks", ids, vocab_size=300, chunk_tokens=37, fingerprint=opened.tokenizer.fingerprint
     )
     expected = measure(opened, write_texts(tmp_path / "texts.jsonl", texts))
-    assert measure(opened, folder) == pytest.approx(expected)
+    found = measure(opened, folder)
+    assert found.pop("each") == expected.pop("each") and found == pytest.approx(expected)
 
 
 def test_intervals_are_over_documents(opened: Inference, run: Any, tmp_path: Path) -> None:
@@ -61,6 +62,8 @@ def test_intervals_are_over_documents(opened: Inference, run: Any, tmp_path: Pat
     found = measure(opened, write_texts(tmp_path / "all.jsonl", texts))
     for ratio, unit, scale in (("nats_per_token", "tokens", 1.0), ("bits_per_byte", "bytes", math.log(2))):
         nats = [one["nats_per_token"] * one["tokens"] / scale for one in each]
+        assert [value / scale for value in found["each"]["nats"]] == pytest.approx(nats, rel=1e-4)
+        assert found["each"][unit] == [one[unit] for one in each]
         expected = ratio_estimate(nats, [one[unit] for one in each])
         assert found[ratio] == pytest.approx(expected.mean, rel=1e-5)
         assert found[f"{ratio}_low"] == pytest.approx(expected.low, rel=1e-4)

@@ -113,8 +113,9 @@ def test_the_card_says_what_is_known(exported: Exported, tmp_path: Path) -> None
     manifest |= {"chunks": [chunk], "tokens": 4200, "documents": 7, "complete": True}
     (tmp_path / "math").mkdir()
     write_manifest(tmp_path / "math", manifest)
-    train = TrainConfig(model=described.config)
-    train.data.sources["math"].path = str(tmp_path / "math")
+    sources = TrainConfig().data.model_dump()["sources"]
+    sources["math"]["path"] = str(tmp_path / "math")
+    train = TrainConfig(model=described.config, data={"sources": sources})
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures/entropy_per_layer.png").write_bytes(b"png")
     for name, config in (("pretrain", train), ("sft", SFTConfig())):
@@ -134,7 +135,8 @@ def test_the_card_says_what_is_known(exported: Exported, tmp_path: Path) -> None
     card = (tmp_path / "new/README.md").read_text()
     for line in (
         "| math | 70% | 85% | 4,200 | 7 | owner/math 4plus | c0ffee |", "| stem | 25% | 10% |  |  |  |  |",
-        "| training loss, first and at step 3 | 12.0000, 4.0000 |", "| tokens a second, median | 2,000 |", "| learning_rate | 0.0001 |", "| stage | fine-tuning |", "nvidia/Nemotron-Math-v2",
+        "| training loss, first and at step 3 | 12.0000, 4.0000 |", "| tokens a second, median | 2,000 |",
+        "| learning_rate | 0.0001 |", "| stage | fine-tuning |", "nvidia/Nemotron-Math-v2",
         "| gsm8k | exact_match,strict | 0.2500 | 0.0100 |", "| math | perplexity | 3.5000 |  |",
         "| routing scope, temperature | causal, 0.3 |", "| training step | 11 |", sha256(checkpoint),
         "(figures/entropy_per_layer.png)", "Routing sees only earlier tokens",
