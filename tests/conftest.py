@@ -1,5 +1,6 @@
 """Tests run on one thread: they are small, and as fast so. Each begins with the same random numbers."""
 
+import logging
 import sys
 
 import torch
@@ -12,6 +13,8 @@ def pytest_runtest_setup() -> None:
 
 
 def pytest_runtest_teardown() -> None:
-    """W&B's process and what it took from the environment end with the test."""
+    """With the test end W&B's process, what it took from the environment, and the log of a command that ran in it."""
+    root = logging.getLogger()
+    root.handlers[:] = [handler for handler in root.handlers if type(handler) is not logging.StreamHandler]
     if "wandb" in sys.modules:
         sys.modules["wandb"].teardown()
