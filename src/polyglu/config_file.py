@@ -93,7 +93,11 @@ class _Loader(yaml.SafeLoader):
 
 def _parse(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, _Loader)
+        loader = _Loader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise PolygluError(f"{source} is not valid YAML: {error}") from None
 

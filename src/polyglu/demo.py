@@ -6,7 +6,6 @@ Each stage notes the SHA-256 of what it read. Run again, a stage is redone only 
 other bytes. Training and fine-tuning run as the same commands that a person would type.
 """
 
-import json
 import logging
 import signal
 import subprocess
@@ -22,10 +21,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from polyglu.config_file import read_yaml
 from polyglu.data.embedded import write_embedded_corpus
 from polyglu.data.embedded_tokens import SOURCES, tokenize_embedded
 from polyglu.errors import PolygluError, run_command
-from polyglu.files import read_json, sha256, write_json, write_text
+from polyglu.files import read_json, read_rows, sha256, write_json, write_text
 from polyglu.interpretability import FIGURES, STATS_FILE
 from polyglu.logs import configure_logging
 
@@ -140,7 +140,7 @@ def _write_corpus(paths: DemoPaths) -> None:
 
 
 def _tokenize(paths: DemoPaths) -> None:
-    vocab_size = _settings(paths.configs / "train.yaml")["model"]["vocab_size"]
+    vocab_size = read_yaml(paths.configs / "train.yaml")["model"]["vocab_size"]
     tokenize_embedded(paths.raw, SOURCES, vocab_size, paths.tokenizer, paths.tokenized("."))
 
 
@@ -148,7 +148,7 @@ def _pretrain(paths: DemoPaths, config: Path) -> None:
     """Train as a process of its own, kill it half-way as a pre-empted machine would, and run the same command again."""
     overrides = [f"data.sources.{name}.path={paths.tokenized(name)}" for name in SOURCES]
     command = _training_command("polyglu.training.train", config, paths.root, paths.base.parent, overrides)
-    settings = _settings(config)["training"]
+    settings = read_yaml(config)["training"]
     kill_after = settings["total_steps"] // 2
     if not paths.base.exists() and _last_step(paths.root) < kill_after:
         process = subprocess.Popen(command)
@@ -211,13 +211,13 @@ def _report(paths: DemoPaths) -> None:
         title="PolyGLU demo",
         lead="A small model, trained on embedded data and fine-tuned on arithmetic, from first step to answers.",
         stages=summary(paths, state),
-        metrics=_rows(paths.root / "metrics.jsonl"),
-        sft_metrics=_rows(paths.root / "sft/metrics.jsonl"),
+        metrics=read_rows(paths.root / "metrics.jsonl"),
+        sft_metrics=read_rows(paths.root / "sft/metrics.jsonl"),
         events=[event for folder in (paths.root, paths.root / "sft") for event in read_events(folder / EVENTS_FILE)],
         figures=[paths.root / "figures" / name for name in FIGURES],
         samples=[sample for name in ("pretrain", "sft") for sample in _samples(name, read_json(paths.results(name)))],
         results={name: read_json(paths.results(name)) for name in ("pretrain", "sft")},
-        settings=_settings(paths.root / "config.yaml"),
+        settings=read_yaml(paths.root / "config.yaml"),
         versions=read_json(paths.results("sft"))["versions"],
     )
     write_text(paths.root / "report.html", page)
@@ -229,7 +229,7 @@ def summary(paths: DemoPaths, state: dict[str, Any]) -> list[dict[str, Any]]:
     for stage in make_stages(paths):
         row: dict[str, Any] = {"name": stage.name, "seconds": state.get(stage.name, {}).get("seconds")}
         folder = {"pretrain": paths.root, "sft": paths.root / "sft"}.get(stage.name)
-        metrics = _rows(folder / "metrics.jsonl") if folder else []
+        metrics = read_rows(folder / "metrics.jsonl") if folder else []
         if metrics:
             row["loss"] = (metrics[0]["train/loss"], metrics[-1]["train/loss"])
             row["entropy"] = (metrics[-1]["routing_entropy/mean"], metrics[-1]["dynamic_routing_entropy/mean"])
@@ -264,7 +264,7 @@ def summary_table(rows: list[dict[str, Any]]) -> Table:
 
 def most_frequent_share(test: Path) -> float:
     """Accuracy of always giving the test's most frequent answer."""
-    answers = Counter(json.loads(line)["answer"] for line in _lines(test))
+    answers = Counter(row["answer"] for row in read_rows(test))
     return answers.most_common(1)[0][1] / answers.total()
 
 
@@ -278,23 +278,8 @@ def _samples(name: str, results: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"model": name, **sample} for samples in results["samples"].values() for sample in samples]
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    import yaml
-
-    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return values
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines()
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in _lines(path)] if path.exists() else []
-
-
 def _last_step(run_dir: Path) -> int:
-    rows = _rows(run_dir / "metrics.jsonl")
+    rows = read_rows(run_dir / "metrics.jsonl")  # which is being written
     return rows[-1]["step"] if rows else 0
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyglu.errors import PolygluError
-from polyglu.files import read_json, sha256, write_atomically, write_json, write_text
+from polyglu.files import append_rows, read_json, read_rows, sha256, write_atomically, write_json, write_text
 
 
 @pytest.mark.parametrize("size", [0, 1, 2**20 + 7])
@@ -132,3 +132,11 @@ def test_missing_and_damaged_json_is_one_sentence(tmp_path: Path, content: bytes
         path.write_bytes(content)
     with pytest.raises(PolygluError, match=rf"value\.json {message}"):
         read_json(path)
+
+
+def test_rows_are_read_while_they_are_written(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert read_rows(path) == []
+    append_rows(path, [{"step": 1}, {"step": 2}])
+    path.write_bytes(path.read_bytes() + b'{"step": 3, "train/')
+    assert read_rows(path) == [{"step": 1}, {"step": 2}]
