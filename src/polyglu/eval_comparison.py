@@ -107,19 +107,23 @@ def _unlike(name: str, a: Mapping[str, Any], b: Mapping[str, Any], alike: Mappin
 
 
 def _samples(folder: Path, name: str, result: Mapping[str, Any], metric: str) -> Values | None:
-    """Score of each document of a task, or of all tasks of a group; None if it is not there."""
+    """Score of each document of a task, or of all tasks of a group; None if it is not there or no number."""
     key, _, filter_name = metric.partition(",")
     values: Values = {}
     for task in result.get("tasks") or [name]:
         path = folder / f"{task.replace('/', '_')}.jsonl"
         if not path.is_file():
             return None
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        lines = path.read_bytes().splitlines()  # a text's would also end at U+2028, which JSON leaves as it is
+        for number, line in enumerate(lines, start=1):
             try:
                 sample = json.loads(line)
                 if sample["filter"] == filter_name and key in sample["metrics"]:
+                    value = sample["metrics"][key]
+                    if not isinstance(value, int | float):
+                        return None
                     document = json.dumps(sample["doc"], sort_keys=True)
-                    values[task, sample["doc_id"]] = document, float(sample["metrics"][key])
+                    values[task, sample["doc_id"]] = document, float(value)
             except (ValueError, KeyError, TypeError) as error:
                 raise PolygluError(
                     f"{path}, line {number}, is not a sample of an evaluation ({error}); evaluate again, or remove it."
