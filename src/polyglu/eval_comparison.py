@@ -55,9 +55,9 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], a_folder: Path, b_folder
 
     Returns:
         A row for each metric of each task or source that either has: ``name``; ``metric``; ``a`` and ``b``, each
-        ``value``, ``stderr`` and ``n``, or None; ``difference`` and ``difference_stderr``; ``method``: ``paired``,
-        ``unpaired`` or None; ``n_pairs``, what both have; ``higher_is_better``; ``member_of``: the group that holds the
-        task; ``not_comparable``: reasons.
+        ``value``, ``stderr`` and ``n``, or None; ``difference`` and ``difference_stderr``, and if it is paired its 95%
+        interval, ``difference_low`` and ``difference_high``; ``method``: ``paired``, ``unpaired`` or None; ``n_pairs``,
+        what both have; ``higher_is_better``; ``member_of``: the group that holds the task; ``not_comparable``: reasons.
     """
     rows = []
     groups = {task: name for found in (a, b) for name, one in found["results"].items() for task in one.get("tasks", [])}
@@ -149,13 +149,15 @@ def _paired(ours: Values | None, theirs: Values | None, a: Row, b: Row) -> Estim
 
 def _difference(a: Row | None, b: Row | None, reasons: Sequence[str], paired: Estimate | None) -> Row:
     """Of two scores, with its standard error."""
-    found: Row = {"difference": None, "difference_stderr": None, "method": None, "n_pairs": None}
+    keys = ("difference", "difference_stderr", "difference_low", "difference_high", "method", "n_pairs")
+    found: Row = dict.fromkeys(keys)
     found["not_comparable"] = list(reasons) if a and b else []
     if a is None or b is None or reasons:
         return found
     if paired is not None:
+        ends = {"difference_low": paired.low, "difference_high": paired.high}
         told = {"difference": paired.mean, "difference_stderr": paired.stderr, "n_pairs": paired.n}
-        return found | told | {"method": "paired"}
+        return found | told | ends | {"method": "paired"}
     known = a["stderr"] is not None and b["stderr"] is not None
     stderr = math.hypot(a["stderr"], b["stderr"]) if known else None
     return found | {"difference": b["value"] - a["value"], "difference_stderr": stderr, "method": "unpaired"}

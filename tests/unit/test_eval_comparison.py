@@ -177,6 +177,7 @@ def test_held_out_documents_of_the_same_tokens_are_paired(tmp_path: Path) -> Non
     assert (row["method"], row["n_pairs"], row["metric"]) == ("paired", 3, "bits_per_byte")
     assert row["difference"] == pytest.approx(row["b"]["value"] - row["a"]["value"])
     assert row["difference_stderr"] == pytest.approx(expected.stderr)
+    assert (row["difference_low"], row["difference_high"]) == pytest.approx((expected.low, expected.high))
     b["perplexity"] = held_out([18.0, 49.0, 57.0], "another text")
     assert compared(tmp_path, a, b)["held"]["method"] == "unpaired"
 
