@@ -55,9 +55,9 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], a_folder: Path, b_folder
 
     Returns:
         A row for each metric of each task or source that either has: ``name``; ``metric``; ``a`` and ``b``, each
-        ``value``, ``stderr`` and ``n``, or None; ``difference`` and ``difference_stderr``; ``method``: ``paired``,
-        ``unpaired`` or None; ``n_pairs``, what both have; ``higher_is_better``; ``member_of``: the group that holds the
-        task; ``not_comparable``: reasons.
+        ``value``, ``stderr`` and ``n``, or None; ``difference`` and ``difference_stderr``, and if it is paired its 95%
+        interval, ``difference_low`` and ``difference_high``; ``method``: ``paired``, ``unpaired`` or None; ``n_pairs``,
+        what both have; ``higher_is_better``; ``member_of``: the group that holds the task; ``not_comparable``: reasons.
     """
     rows = []
     groups = {task: name for found in (a, b) for name, one in found["results"].items() for task in one.get("tasks", [])}
@@ -107,19 +107,23 @@ def _unlike(name: str, a: Mapping[str, Any], b: Mapping[str, Any], alike: Mappin
 
 
 def _samples(folder: Path, name: str, result: Mapping[str, Any], metric: str) -> Values | None:
-    """Score of each document of a task, or of all tasks of a group; None if it is not there."""
+    """Score of each document of a task, or of all tasks of a group; None if it is not there or no number."""
     key, _, filter_name = metric.partition(",")
     values: Values = {}
     for task in result.get("tasks") or [name]:
         path = folder / f"{task.replace('/', '_')}.jsonl"
         if not path.is_file():
             return None
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        lines = path.read_bytes().splitlines()  # a text's would also end at U+2028, which JSON leaves as it is
+        for number, line in enumerate(lines, start=1):
             try:
                 sample = json.loads(line)
                 if sample["filter"] == filter_name and key in sample["metrics"]:
+                    value = sample["metrics"][key]
+                    if not isinstance(value, int | float):
+                        return None
                     document = json.dumps(sample["doc"], sort_keys=True)
-                    values[task, sample["doc_id"]] = document, float(sample["metrics"][key])
+                    values[task, sample["doc_id"]] = document, float(value)
             except (ValueError, KeyError, TypeError) as error:
                 raise PolygluError(
                     f"{path}, line {number}, is not a sample of an evaluation ({error}); evaluate again, or remove it."
@@ -145,13 +149,15 @@ def _paired(ours: Values | None, theirs: Values | None, a: Row, b: Row) -> Estim
 
 def _difference(a: Row | None, b: Row | None, reasons: Sequence[str], paired: Estimate | None) -> Row:
     """Of two scores, with its standard error."""
-    found: Row = {"difference": None, "difference_stderr": None, "method": None, "n_pairs": None}
+    keys = ("difference", "difference_stderr", "difference_low", "difference_high", "method", "n_pairs")
+    found: Row = dict.fromkeys(keys)
     found["not_comparable"] = list(reasons) if a and b else []
     if a is None or b is None or reasons:
         return found
     if paired is not None:
+        ends = {"difference_low": paired.low, "difference_high": paired.high}
         told = {"difference": paired.mean, "difference_stderr": paired.stderr, "n_pairs": paired.n}
-        return found | told | {"method": "paired"}
+        return found | told | ends | {"method": "paired"}
     known = a["stderr"] is not None and b["stderr"] is not None
     stderr = math.hypot(a["stderr"], b["stderr"]) if known else None
     return found | {"difference": b["value"] - a["value"], "difference_stderr": stderr, "method": "unpaired"}

@@ -58,10 +58,12 @@ def write(path: Path, found: dict[str, Any], scores: dict[str, list[float]] | No
     for name, one in (scores or {}).items():
         samples_folder(path).mkdir(exist_ok=True)
         rows = [
-            {"doc_id": index, "doc": {"q": f"{name}{index}"}, "filter": "none", "metrics": {"acc": value}}
+            {"doc_id": index, "doc": {"q": f"{name}{index}\u2028\x85"}, "filter": "none", "metrics": {"acc": value}}
             for index, value in enumerate(one)
         ]
-        (samples_folder(path) / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (samples_folder(path) / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
     return path
 
 
@@ -90,6 +92,12 @@ def test_without_samples_of_these_scores_it_is_unpaired(tmp_path: Path) -> None:
         assert rows["x"]["method"] == "unpaired" and rows["x"]["n_pairs"] is None
         assert rows["x"]["difference"] == pytest.approx(1 / 4)
         assert rows["x"]["difference_stderr"] == pytest.approx(expected)
+
+
+def test_a_metric_that_is_no_number_of_each_sample_is_unpaired(tmp_path: Path) -> None:
+    pairs: Any = {name: [[-3.5, 4] for _ in scores] for name, scores in A.items()}  # as word_perplexity and f1 have
+    rows = compared(tmp_path, evaluation(A), evaluation(B), pairs, pairs)
+    assert {row["method"] for row in rows.values()} == {"unpaired"}
 
 
 def test_other_documents_of_the_same_number_make_no_pairs(tmp_path: Path) -> None:
@@ -169,6 +177,7 @@ def test_held_out_documents_of_the_same_tokens_are_paired(tmp_path: Path) -> Non
     assert (row["method"], row["n_pairs"], row["metric"]) == ("paired", 3, "bits_per_byte")
     assert row["difference"] == pytest.approx(row["b"]["value"] - row["a"]["value"])
     assert row["difference_stderr"] == pytest.approx(expected.stderr)
+    assert (row["difference_low"], row["difference_high"]) == pytest.approx((expected.low, expected.high))
     b["perplexity"] = held_out([18.0, 49.0, 57.0], "another text")
     assert compared(tmp_path, a, b)["held"]["method"] == "unpaired"
 
