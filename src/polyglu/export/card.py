@@ -168,7 +168,7 @@ def _outcome(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 def _data(run: Run) -> str:
     config = run.config
     if isinstance(config, TrainConfig):
-        titles = ["source", "share of the mix", "at the end", "tokens", "documents", "data set", "revision"]
+        titles = ["source", "share of the mix", "at the end", "its tokens", "its documents", "data set", "revision"]
         return _table(titles, [_source(name, source, run.manifests) for name, source in config.data.sources.items()])
     kept = {"dataset", "config", "splits", "revision"} if not config.data.files else {"files"}
     data = config.data.model_dump(mode="json", include=kept | {"max_conversations"}, exclude_none=True)
