@@ -93,7 +93,7 @@ def open_tokenizer(path: Path, checkpoint: Checkpoint, tokenizer: str | None = N
 def _check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError):  # no such name; torch without CUDA; device without data
         raise PolygluError(f"device '{device}' cannot be used here; give cpu, or cuda where there is a GPU.") from None
 
 

@@ -30,8 +30,8 @@ from polyglu.logs import configure_logging
 from polyglu.model.folder import CONFIG_FILE, read_description, weight_files, weights_digest
 from polyglu.model.model import Checkpoint, check_shapes, describe_shape, read_checkpoint
 
-CODE = ("export/configuration_polychromatic.py", "export/modeling_polychromatic.py", "export/cache_polychromatic.py",
-        "model/layers.py", "model/activations.py")  # fmt: skip
+CODE = ("export/configuration_polychromatic.py", "export/modeling_polychromatic.py", "export/layers_polychromatic.py",
+        "export/cache_polychromatic.py", "model/layers.py", "model/activations.py")  # fmt: skip
 """Files of the package that an exported model runs; they import each other, torch and transformers alone."""
 AUTO_MAP = {
     "AutoConfig": "configuration_polychromatic.PolychromaticConfig",

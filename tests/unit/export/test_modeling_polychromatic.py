@@ -60,7 +60,7 @@ def test_the_code_needs_no_polyglu(pair: Pair, exported: Exported) -> None:
     assert type(theirs).__module__.startswith("transformers_modules.")
     assert "polyglu." not in "".join(line for file in folder.glob("*.py") for line in imports(file))
     package = type(theirs).__module__.rpartition(".")[0]
-    for module in ("modeling_polychromatic", "layers", "activations"):
+    for module in ("modeling_polychromatic", "layers_polychromatic", "layers", "activations"):
         source = inspect.getsource(sys.modules[f"{package}.{module}"])
         assert source == (folder / f"{module}.py").read_text()
 

@@ -11,6 +11,9 @@ fp32 and in a fixed order, over a program's tokens in registers and over program
 only the first K - 1 are computed.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -31,26 +34,11 @@ def forward(gate: Tensor, up: Tensor, neuron: Tensor, token: Tensor) -> Tensor:
     Returns:
         ``[B, T, F]`` in the dtype of ``gate``, contiguous.
     """
-    _, columns, d_ff = gate.shape
     logits, per_token = _logits(neuron, token)
     hidden = torch.empty_like(gate, memory_format=torch.contiguous_format)
     blocks, programs, _ = _blocks(gate, largest_span=128)
-    with torch.cuda.device_of(gate):  # type: ignore[no-untyped-call]  # Triton launches on the current one
-        forward_kernel[(programs,)](
-            gate,
-            up,
-            logits,
-            token,
-            hidden,
-            _stride(gate),
-            _stride(up),
-            *_logit_strides(logits, token),
-            columns,
-            d_ff,
-            K=len(neuron),
-            PER_TOKEN=per_token,
-            **blocks,
-        )
+    tensors = gate, up, logits, token, hidden
+    _launch(forward_kernel, programs, tensors, (gate, up), logits, token, PER_TOKEN=per_token, **blocks)
     return hidden
 
 
@@ -78,35 +66,31 @@ def backward(
     others = len(neuron) - 1
     d_neuron = neuron.new_empty(rows, programs // neuron_blocks // rows, others, d_ff)  # a part from each program
     d_token = neuron.new_empty(neuron_blocks if per_token else 0, rows, columns, others)
-    with torch.cuda.device_of(gate):  # type: ignore[no-untyped-call]
-        backward_kernel[(programs,)](
-            d_hidden,
-            gate,
-            up,
-            logits,
-            token,
-            d_gate,
-            d_up,
-            d_neuron,
-            d_token,
-            hidden,
-            _stride(d_hidden),
-            _stride(gate),
-            _stride(up),
-            *_logit_strides(logits, token),
-            columns,
-            d_ff,
-            K=len(neuron),
-            PER_TOKEN=per_token,
-            WITH_HIDDEN=with_hidden,
-            **blocks,
-        )
+    tensors = d_hidden, gate, up, logits, token, d_gate, d_up, d_neuron, d_token, hidden
+    switches = {"PER_TOKEN": per_token, "WITH_HIDDEN": with_hidden}
+    _launch(backward_kernel, programs, tensors, (d_hidden, gate, up), logits, token, **switches, **blocks)
     by_row = d_neuron.sum(1).movedim(1, 0)  # [K - 1, B, F]
     by_token = d_token.sum(0).movedim(2, 0) if per_token else by_row.sum(2, keepdim=True)
     return d_gate, d_up, _with_last(by_row.sum_to_size(others, *neuron.shape[1:])), _with_last(by_token), hidden
 
 
-def _blocks(gate: Tensor, largest_span: int) -> tuple[dict[str, int | bool], int, int]:
+def _launch(
+    kernel: Any,
+    programs: int,
+    tensors: Sequence[Tensor],
+    read: Sequence[Tensor],
+    logits: Tensor,
+    token: Tensor,
+    **sizes: int,
+) -> None:
+    """Start a kernel: its tensors, the strides of the ``[B, T, F]`` that it reads, then what both kernels take."""
+    _, columns, d_ff = read[0].shape
+    strides = [*map(_stride, read), *_logit_strides(logits, token)]
+    with torch.cuda.device_of(read[0]):  # type: ignore[no-untyped-call]  # Triton launches on the current one
+        kernel[(programs,)](*tensors, *strides, columns, d_ff, K=len(logits), **sizes)
+
+
+def _blocks(gate: Tensor, largest_span: int) -> tuple[dict[str, int], int, int]:
     """Compile-time sizes, number of programs, and number of blocks of neurons.
 
     A warp has one token of a tile and a thread 16 bytes of it: loads are as wide as can be, sums over a token's neurons
