@@ -176,9 +176,10 @@ def test_outputs(pair: Pair, exported: Exported) -> None:
     layers, width = ours.config.n_layers, ours.config.d_model
     assert [state.shape for state in out.hidden_states] == [(2, LENGTH, width)] * (layers + 1)
     assert torch.equal(theirs(ids, return_dict=False)[0], out.logits)
-    assert torch.equal(theirs(ids, logits_to_keep=1).logits, out.logits[:, -1:])
     kept = torch.tensor([[2, 5], [0, 13]])
-    assert torch.equal(theirs(ids, logits_to_keep=kept).logits, out.logits[torch.arange(2)[:, None], kept])
+    for keep, expected in ((1, out.logits[:, -1:]), (kept, out.logits[torch.arange(2)[:, None], kept])):
+        # A product of fewer rows may be summed in another order.
+        torch.testing.assert_close(theirs(ids, logits_to_keep=keep).logits, expected, atol=1e-6, rtol=0)
     positions = torch.arange(LENGTH)[None].expand(2, -1)
     assert torch.equal(theirs(ids, position_ids=positions).logits, out.logits)
     assert (theirs(ids, position_ids=positions * 2).logits - out.logits).abs().max() > 1e-3
