@@ -61,6 +61,7 @@ def summarise(
         row = {"name": name, "parameters": count_parameters(suite.variants[name].model).total}
         row |= {"flops": flops[name], "tokens": tokens[name], "runs": len(runs)}
         row |= {"failed": len(settings.seeds) - len(runs)}
+        row |= {"curve_difference": _curve_difference(runs, by_variant[settings.reference])}
         variants.append(row | (_of_runs(list(runs.values())) if runs else {}) | _compared(name, losses, differences))
     ahead = [name for name, config in suite.variants.items() if sees_ahead(config.model) and by_variant[name]]
     leaks = [_leak(name, list(by_variant[name].values())) for name in ahead]
@@ -112,15 +113,24 @@ def _of_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for source in runs[0]["heldout"]
         },
         "of_one_run_over_documents": _plain(documents),
-        "curve": _mean_curve([run["curve"] for run in runs]),
+        "curve": _mean_curve([_by_step(run) for run in runs]),
     }
 
 
-def _mean_curve(curves: Sequence[Sequence[Sequence[float | None]]]) -> list[list[float]]:
-    """Step, and the mean loss of the runs, at the steps that all have."""
-    tables = [{step: loss for step, loss in curve if step is not None and loss is not None} for curve in curves]
-    steps = sorted(set.intersection(*(set(table) for table in tables)))
+def _by_step(run: Mapping[str, Any]) -> dict[int, float]:
+    return {step: loss for step, loss in run["curve"] if loss is not None}
+
+
+def _mean_curve(tables: Sequence[Mapping[int, float]]) -> list[list[float]]:
+    """Step, and the mean over tables, at the steps that all have."""
+    steps = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
     return [[step, float(np.mean([table[step] for table in tables]))] for step in steps]
+
+
+def _curve_difference(ours: Mapping[int, Any], theirs: Mapping[int, Any]) -> list[list[float]]:
+    """Step, and the mean of ``ours - theirs`` over the seeds that both have: of one seed, both saw the same data."""
+    pairs = [(_by_step(ours[seed]), _by_step(theirs[seed])) for seed in sorted(ours.keys() & theirs.keys())]
+    return _mean_curve([{step: our[step] - their[step] for step in our.keys() & their.keys()} for our, their in pairs])
 
 
 def _compared(

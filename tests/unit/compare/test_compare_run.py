@@ -320,6 +320,6 @@ def test_devices_are_those_that_are_seen(monkeypatch: pytest.MonkeyPatch) -> Non
     assert pick_devices(None) == ["0"] and pick_devices("0, 2") == ["0", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
     assert pick_devices("0,2") == ["4", "7"]
-    for bad in ("3", "0,0", "a", ""):
+    for bad in ("3", "0,0", "a", "", "²"):
         with pytest.raises(PolygluError, match="must name GPUs, each once"):
             pick_devices(bad)
