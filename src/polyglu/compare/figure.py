@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from polyglu.compare.statistics import digits
 from polyglu.interpretability.plotting import GREY, GRID, SERIES_COLOURS, titled_figure
 from polyglu.interpretability.plotting_pages import Point
 
@@ -89,8 +90,9 @@ def draw_differences(results: Mapping[str, Any]) -> tuple[Any, list[Point]]:
 def signed(found: Mapping[str, Any]) -> str:
     """A difference with its interval, as text."""
     if found["low"] is None:
-        return f"{found['mean']:+.4f}"
-    return f"{found['mean']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})"
+        return format(found["mean"], f"+{digits(found['mean'])}")
+    spec = f"+{digits(found['low'], found['high'])}"
+    return f"{found['mean']:{spec}} ({found['low']:{spec}} to {found['high']:{spec}})"
 
 
 def _of_reference(results: Mapping[str, Any]) -> dict[str, float]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from polyglu.compare.heldout import Losses, sees_ahead
-from polyglu.compare.statistics import Difference, corrected, paired_difference, verdict
+from polyglu.compare.statistics import Difference, corrected, digits, paired_difference, verdict
 from polyglu.compare.suite import Suite
 from polyglu.estimates import LEVEL, Estimate, estimate, ratio_estimate
 from polyglu.training.estimate import count_parameters
@@ -153,10 +153,13 @@ def _leak(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     leak: dict[str, Any] = {"name": name}
     for honest in ("training", "heldout"):
         trained = f"{honest}_as_trained"
+        ours, theirs = (dict(enumerate(heldout_loss(run, key) for run in runs)) for key in (honest, trained))
+        difference = paired_difference(ours, theirs)
+        assert difference is not None
         leak[honest] = {
-            "as_trained": _plain(estimate([heldout_loss(run, trained) for run in runs])),
-            "honest": _plain(estimate([heldout_loss(run, honest) for run in runs])),
-            "difference": _plain(estimate([heldout_loss(run, honest) - heldout_loss(run, trained) for run in runs])),
+            "as_trained": _plain(estimate(list(theirs.values()))),
+            "honest": _plain(estimate(list(ours.values()))),
+            "difference": _plain(difference.estimate),
             "of_each_run_over_documents": [_plain(_leak_over_documents(run, honest, trained)) for run in runs],
         }
     return leak
@@ -174,19 +177,21 @@ def leak_sentence(leak: Mapping[str, Any]) -> str:
     if n == 1:
         found, unit = rows["of_each_run_over_documents"][0], "the documents of one seed's rows"
     if found["low"] is None:
-        return f"{leak['name']}: one document does not tell what its routing sees ahead."
+        few = "one document does" if n == 1 else f"{n} equal differences do"
+        return f"{leak['name']}: {few} not tell what its routing sees ahead."
+    spec = digits(found["low"], found["high"])
     if found["low"] <= 0 <= found["high"]:
         return (
             f"{leak['name']}: whether its loss on training rows is lower with the routing it was trained with than "
-            f"with routing that sees only what came before is undecided ({found['mean']:+.4f} nats, {LEVEL:.0%} "
-            f"interval {found['low']:+.4f} to {found['high']:+.4f} over {unit})."
+            f"with routing that sees only what came before is undecided ({found['mean']:+{spec}} nats, {LEVEL:.0%} "
+            f"interval {found['low']:+{spec}} to {found['high']:+{spec}} over {unit})."
         )
     way, (low, high) = "lower" if found["mean"] > 0 else "higher", sorted((abs(found["low"]), abs(found["high"])))
     return (
         f"{leak['name']}: with the routing it was trained with, which sees ahead, its loss on training rows is "
-        f"{abs(found['mean']):.4f} nats {way} than the same weights' with routing that sees only what came before "
-        f"({rows['as_trained']['mean']:.4f} against {rows['honest']['mean']:.4f}; {LEVEL:.0%} interval {low:.4f} to "
-        f"{high:.4f} over {unit})."
+        f"{abs(found['mean']):{spec}} nats {way} than the same weights' with routing that sees only what came before "
+        f"({rows['as_trained']['mean']:{spec}} against {rows['honest']['mean']:{spec}}; {LEVEL:.0%} interval "
+        f"{low:{spec}} to {high:{spec}} over {unit})."
     )
 
 

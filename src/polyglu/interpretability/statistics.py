@@ -11,8 +11,6 @@ from torch import Tensor
 
 from polyglu import estimates
 
-CONFIDENCE = 0.95
-"""Of every interval."""
 PERMUTATIONS = 1999
 """Of a permutation test: no p-value is below 1 / 2000."""
 BOOTSTRAPS = 999
@@ -27,7 +25,7 @@ class Interval(NamedTuple):
     high: Tensor
 
 
-def t_interval(estimate: Tensor, error: Tensor, freedom: int, confidence: float = CONFIDENCE) -> Interval:
+def t_interval(estimate: Tensor, error: Tensor, freedom: int, confidence: float = estimates.LEVEL) -> Interval:
     """Student's t interval around an estimate with a standard error; infinite where there are no degrees of freedom."""
     if freedom < 1:
         return Interval(estimate, torch.full_like(estimate, -torch.inf), torch.full_like(estimate, torch.inf))
@@ -115,7 +113,7 @@ def group_difference(gram: Tensor, labels: Tensor, generator: torch.Generator) -
     effect = _omega_squared(between[:, 0], total[:, 0], n, groups)
     resampled = _one_hot(labels[None], groups) * _resampled_counts(labels, groups, generator)[:, None]
     samples = _omega_squared(*_sums_of_squares(gram, resampled), n, groups)
-    tail = (1 - CONFIDENCE) / 2
+    tail = estimates.SIGNIFICANT / 2
     low, high = samples.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=1)
     shift = effect - samples.mean(1)
     return Difference(

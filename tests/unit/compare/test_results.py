@@ -90,6 +90,22 @@ def test_a_leak_is_stated_with_its_interval_or_not_at_all(suite: Suite) -> None:
     assert "95% interval 0.4752 to 0.5248 over 3 seeds" in leak(suite, -0.5, -0.51, -0.49)
     assert "is undecided (+0.0333 nats" in leak(suite, 0.5, -0.5, 0.1)
     assert "over the documents of one seed's rows" in leak(suite, 0.5)
+    assert "2 equal differences do not tell" in leak(suite, 0.5, 0.5)
+
+
+def test_a_small_leak_is_written_with_the_digits_it_has(suite: Suite) -> None:
+    found = results(suite, {seed: run(3.0, value) for seed, value in enumerate((2.2e-4, 2.4e-4, 2.3e-4))})
+    sentence = leak_sentence(found["leaks"][0])
+    assert "0.00023 nats lower" in sentence and "(2.99977 against 3.00000; 95% interval 0.00021 to 0.00025" in sentence
+    page = render(build_page(found, []))
+    assert ">2.99977<" in page and "+0.00023 (+0.00021 to +0.00025)" in page
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"), [({"tokens": 10**9}, "1,000,000,000 tokens"), ({"seconds": 1.5e6}, "1,500,000 seconds")]
+)
+def test_the_budget_is_written_out(suite: Suite, budget: dict[str, float], said: str) -> None:
+    assert f"on {said}, the same data" in build_page(results(suite, {}) | {"budget": budget}, []).lead
 
 
 def test_curves_are_paired_by_seed(suite: Suite) -> None:
