@@ -80,6 +80,7 @@ class Difference(NamedTuple):
     """How groups of documents differ, for each of several grams (layers)."""
 
     pseudo_f: Tensor
+    """Infinite where documents of a group do not vary at all."""
     p_value: Tensor
     effect: Interval
     """Omega squared: share of the variance between documents that the groups explain, corrected for chance; 0..1, or
@@ -108,7 +109,7 @@ def group_difference(gram: Tensor, labels: Tensor, generator: torch.Generator) -
     shuffled = torch.stack([labels[torch.randperm(n, generator=generator)] for _ in range(PERMUTATIONS)])
     between, total = _sums_of_squares(gram, _one_hot(torch.cat([labels[None], shuffled]), groups))
     pseudo_f = (between / (groups - 1)) / ((total - between).clamp(min=0) / (n - groups))
-    pseudo_f = pseudo_f.nan_to_num(nan=0.0)  # all documents alike
+    pseudo_f = pseudo_f.nan_to_num(nan=0.0, posinf=torch.inf)  # 0: all documents alike
     exceeding = (pseudo_f[:, 1:] >= pseudo_f[:, :1] * (1 - 1e-9)).sum(1)
     effect = _omega_squared(between[:, 0], total[:, 0], n, groups)
     resampled = _one_hot(labels[None], groups) * _resampled_counts(labels, groups, generator)[:, None]

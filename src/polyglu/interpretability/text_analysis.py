@@ -130,6 +130,9 @@ def kinds_in_words(analysis: TextAnalysis) -> str:
         f"Routing differs between these kinds of text in {where} (permutation test over documents, Holm-corrected over "
         f"{n_layers}, p ≤ {corrected[shown].max():.2g}); the kind explains {share} of the variance between documents."
     )
+    rigid = analysis.kinds.pseudo_f.isinf().nonzero()[:, 0].tolist()
+    if rigid:
+        sentence += f" Documents of one kind do not vary at all in {numbered('layer', rigid)}, so F is infinite there."
     missing = [" and ".join(pair) for pair, p in analysis.corrected_pairs.items() if p > SIGNIFICANT]
     if missing:
         sentence += f" Pair by pair, over all layers, no difference is shown between {'; nor '.join(missing)}."
