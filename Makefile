@@ -2,7 +2,7 @@
 # make test      all tests
 # make check     formatting, lint, types
 # make torture   N=200 SEED=0: training killed N times on each engine; every bit must come out the same
-# make mutation  known defects put back one by one: the tests must notice each (minutes)
+# make mutation  known defects, and mistakes of the science, put in one by one: the tests must notice each (minutes)
 PYTHON ?= python3
 N ?= 200
 SEED ?= 0

@@ -4,17 +4,39 @@ defaults (pydantic fields) ──► YAML file ──► --set training.total_st
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from polyglu.errors import PolygluError
 from polyglu.files import write_text
 
 Config = TypeVar("Config", bound=BaseModel)
+
+
+class QuotedNumber(str):
+    """A text that reads as a number, and was written in quotes."""
+
+
+class Section(BaseModel):
+    """A config or a part of one: frozen, unknown keys forbidden, no NaN or infinity, and only numbers are numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _only_numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse switches and quoted texts where numbers are asked for, in lists too: pydantic would convert them."""
+        allowed = set(_types_in(cls.model_fields[str(info.field_name)].annotation))
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(one, bool) and not allowed & {bool, Any}:
+                raise ValueError(f"must not be {str(one).lower()}, for it is no switch")
+            if isinstance(one, QuotedNumber) and not allowed & {str, Any}:
+                raise ValueError(f"must be a number, got the text '{one}'; remove the quotes")
+        return value
 
 
 def load_config(kind: type[Config], path: Path | None, overrides: Iterable[str] = ()) -> Config:
@@ -78,7 +100,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice; YAML says it is an error, PyYAML keeps the last without a word."""
+    """Refuses a key that is given twice, of which PyYAML keeps the last without a word; and tells quoted numbers.
+
+    Plain texts stay texts, for PyYAML reads ``3e-4`` as one.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -89,6 +114,18 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.MarkedYAMLError(problem=f"'{key.value}' is given twice", problem_mark=key.start_mark)
                 seen.add(key.value)
         return node
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value = super().construct_scalar(node)
+        return QuotedNumber(value) if getattr(node, "style", None) in ("'", '"') and _is_number(value) else value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _parse(text: str, source: str) -> Any:
@@ -122,10 +159,16 @@ def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[
 
 
 def _models_in(annotation: Any) -> Iterable[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    return (kind for kind in _types_in(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel))
+
+
+def _types_in(annotation: Any) -> Iterator[Any]:
+    """What an annotation is made of: ``dict[str, Any] | None`` -> str, Any, NoneType."""
+    parts = getattr(annotation, "__args__", ())
+    for part in parts:
+        yield from _types_in(part)
+    if not parts:
         yield annotation
-    for argument in getattr(annotation, "__args__", ()):
-        yield from _models_in(argument)
 
 
 def _did_you_mean(word: str, known: list[str]) -> str:

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtr, stdtrit
 
-LEVEL = 0.95
+SIGNIFICANT = 0.05
+"""A corrected p-value up to this shows a difference."""
+LEVEL = 1 - SIGNIFICANT
 """Of all confidence intervals."""
 
 

@@ -1,4 +1,4 @@
-"""Defects of the published implementation, put back one by one into a copy of the sources: ``make mutation``.
+"""Defects of the published implementation, and of the science, put into the sources one by one: ``make mutation``.
 
     *.toml ─► copy of src/ and tests/ ─► old text replaced by new ─► pytest on the named tests ─► all must fail
 
@@ -26,8 +26,9 @@ ROOT = Path(__file__).parents[2]
 COPIED = ("src", "tests", "scripts", "configs", "pyproject.toml", "README.md", "requirements.txt", "constraints.txt")
 PAGE = """# Defects that must not return
 
-Each row is a defect of the published implementation. `make mutation` puts it back into a copy of the sources, by the
-named change of `tests/mutation/`, and checks that the tests pass without it and fail with it. This page is written by
+Each row is a defect of the published implementation or, under S, one that would make a finding wrong. `make mutation`
+puts it into a copy of the sources, by the named change of `tests/mutation/`, and checks that the tests pass without it
+and fail with it. This page is written by
 `python tests/mutation/mutate.py --table > docs/defects.md`.
 
 | | how it was wrong | mutation | noticed by |

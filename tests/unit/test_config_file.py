@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from polyglu.config_file import load_config, save_config
+from polyglu.data.sources import SourcesConfig
 from polyglu.errors import PolygluError
 from polyglu.model.config import ModelConfig, SFTConfig, TrainConfig
 
@@ -43,6 +44,11 @@ def write(folder: Path, text: str) -> Path:
         ("data: {sources: {a: {mix: 1, mix_end: 1}}}", r"data.sources.a.path: Field required"),
         ("- a\n- b", r"must be a mapping"),
         ("training: {learning_rate: true}", r"training.learning_rate: must not be true"),
+        ("training: {betas: [true, 0.9]}", r"training.betas: must not be true"),
+        ('training: {learning_rate: "3e-4"}', r"training.learning_rate: must be a number, got the text '3e-4'; remove"),
+        ("training: {total_steps: '7'}", r"training.total_steps: must be a number, got the text '7'"),
+        ("training: {betas: [0.9, '0.95']}", r"training.betas: must be a number, got the text '0.95'"),
+        ('training: {micro_batch_size: "2"}', r"training.micro_batch_size: must be a number.*'2'"),
         ("training: {seed: no}", r"training.seed: must not be false"),
         ("training:\n  seed: 1\n  gumbel: true\n  seed: 2\n", r"'seed' is given twice\s.*line 4"),
         ("a: [", r"not valid YAML"),
@@ -71,6 +77,29 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) 
         load_config(TrainConfig, path, ["training.stesp=1"])
 
 
+def test_numbers_may_be_written_in_every_plain_way(tmp_path: Path) -> None:
+    path = write(tmp_path, "training: {learning_rate: 3e-4, weight_decay: 1, total_steps: 1_000, betas: [0, 9e-1]}")
+    settings = load_config(TrainConfig, path, ["training.adam_eps=1e-7"]).training
+    assert (settings.learning_rate, settings.weight_decay, settings.total_steps) == (3e-4, 1.0, 1000)
+    assert (settings.betas, settings.adam_eps) == ((0.0, 0.9), 1e-7)
+    with pytest.raises(PolygluError, match=r"training.seed: must be a number"):
+        load_config(TrainConfig, path, ["training.seed='3'"])
+
+
+def test_texts_of_digits_stay_texts_and_read_back(tmp_path: Path) -> None:
+    config = load_config(TrainConfig, write(tmp_path, "training: {run_dir: '7'}\nwandb: {name: 1e5}"))
+    assert (config.training.run_dir, config.wandb.name) == ("7", "1e5") and type(config.training.run_dir) is str
+    save_config(config, tmp_path / "resolved.yaml")
+    assert load_config(TrainConfig, tmp_path / "resolved.yaml") == config
+
+
+def test_sources_are_as_strict(tmp_path: Path) -> None:
+    for value, said in (("true", "must not be true"), ("'0.5'", "must be a number")):
+        path = write(tmp_path, f"sources: {{a: {{output: o, files: [x], max_bad_share: {value}}}}}")
+        with pytest.raises(PolygluError, match=f"sources.a.max_bad_share: {said}"):
+            load_config(SourcesConfig, path)
+
+
 def test_resolved_config_reads_back(tmp_path: Path) -> None:
     config = load_config(TrainConfig, None, ["training.betas=[0.8, 0.9]"])
     save_config(config, tmp_path / "resolved.yaml")
@@ -83,8 +112,6 @@ def test_resolved_config_reads_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/*.yaml")), ids=lambda path: str(path.name))
 def test_shipped_configs_are_valid(path: Path) -> None:
     if "sources" in path.name:
-        from polyglu.data.sources import SourcesConfig
-
         load_config(SourcesConfig, path)
     elif path.parent.name == "suites":
         from polyglu.compare.suite import SuiteConfig

@@ -7,8 +7,10 @@ import pytest
 from mutation.mutate import COPIED, ROOT, Mutation, catalogue, outcome, run_tests, table, verdict
 
 CATALOGUE = catalogue()
-SPECIFIED = {1: 1, 2: 1, 3: 3, 4: 4, 5: 3, 6: 4, 7: 4, 8: 1, 9: 2, 10: 5, 11: 2, 12: 3}
-"""Number of a defect in the specification -> its parts."""
+SPECIFIED = {1: 1, 2: 1, 3: 3, 4: 4, 5: 3, 6: 4, 7: 4, 8: 1, 9: 2, 10: 5, 11: 2, 12: 3} | {
+    f"S{number}": 1 for number in range(1, 12)
+}
+"""Number of a defect in the specification, or of one of the science -> its parts."""
 
 
 @pytest.mark.parametrize("mutation", CATALOGUE.mutations, ids=lambda mutation: mutation.name)

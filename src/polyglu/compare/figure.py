@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from polyglu.compare.statistics import digits
 from polyglu.interpretability.plotting import GREY, GRID, SERIES_COLOURS, titled_figure
 from polyglu.interpretability.plotting_pages import Point
 
@@ -18,27 +19,25 @@ SMOOTHED = 0.1
 def draw_curves(results: Mapping[str, Any]) -> tuple[Any, list[Point]]:
     """Training loss over steps, mean over seeds: a matplotlib Figure, and its last points.
 
-    Below it, the same minus the reference's: of one step and seed, both saw the same data.
+    Below it, the same minus the reference's, seed by seed: of one step and seed, both saw the same data.
     """
     rows = [row for row in results["variants"] if row.get("curve")]
     caption = (
         f"Loss of single steps in nats per token, mean over seeds {', '.join(map(str, results['seeds']))}; below, "
-        f"minus that of {results['reference']} on the same data, averaged over a tenth of the run. Training loss "
-        "includes the noise of training and, for variants that see ahead (sequence and document scope), what their "
-        "routing sees of later tokens: only held-out losses compare fairly."
+        f"minus that of {results['reference']} on the same data, over the seeds that both have, averaged over a tenth "
+        "of the run. Training loss includes the noise of training and, for variants that see ahead (sequence and "
+        "document scope), what their routing sees of later tokens: only held-out losses compare fairly."
     )
     figure, body = titled_figure("Training loss", 11, 8, caption)
     upper, lower = body.subplots(2, sharex=True)
     points = []
-    theirs = {step: mean for row in rows if row["name"] == results["reference"] for step, mean in row["curve"]}
     for index, row in enumerate(rows):
-        shown = [point for point in row["curve"] if point[0] >= FIRST_SHOWN * row["steps"]]
+        shown, both = (_shown(row[key], row["steps"]) for key in ("curve", "curve_difference"))
         colour = SERIES_COLOURS[index % len(SERIES_COLOURS)]
         style = {"color": colour, "linestyle": LINES[index // len(SERIES_COLOURS) % len(LINES)], "linewidth": 1.5}
         upper.plot([step for step, _ in shown], [mean for _, mean in shown], label=row["name"], **style)
         step, mean = shown[-1]
         points.append(Point(upper, step, mean, f"{row['name']}: {mean:.4f} at step {step:,}"))
-        both = [(step, mean - theirs[step]) for step, mean in shown if step in theirs]
         lower.plot([step for step, _ in both], _smooth([value for _, value in both]), **style)
     upper.set(ylabel="nats per token")
     lower.set(xlabel="step", ylabel=f"minus {results['reference']}")
@@ -47,6 +46,11 @@ def draw_curves(results: Mapping[str, Any]) -> tuple[Any, list[Point]]:
     handles, labels = upper.get_legend_handles_labels()
     body.legend(handles, labels, loc="outside upper left", ncols=6, frameon=False)
     return figure, points
+
+
+def _shown(curve: Sequence[Sequence[float]], steps: int) -> Sequence[Sequence[float]]:
+    """A curve without the run's first share; all of it if nothing is beyond that."""
+    return [point for point in curve if point[0] >= FIRST_SHOWN * steps] or curve
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
@@ -86,8 +90,9 @@ def draw_differences(results: Mapping[str, Any]) -> tuple[Any, list[Point]]:
 def signed(found: Mapping[str, Any]) -> str:
     """A difference with its interval, as text."""
     if found["low"] is None:
-        return f"{found['mean']:+.4f}"
-    return f"{found['mean']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})"
+        return format(found["mean"], f"+{digits(found['mean'])}")
+    spec = f"+{digits(found['low'], found['high'])}"
+    return f"{found['mean']:{spec}} ({found['low']:{spec}} to {found['high']:{spec}})"
 
 
 def _of_reference(results: Mapping[str, Any]) -> dict[str, float]:

@@ -1,18 +1,22 @@
-"""One run of a comparison, a process of its own: ``python -m polyglu.compare.member FOLDER``.
+"""One run of a comparison, a process of its own: ``python -m polyglu.compare.member FOLDER PARENT``.
 
 The folder is that of an ordinary training run: ``config.yaml`` (which ``polyglu train`` takes too), ``metrics.jsonl``,
 ``checkpoints/``. ``heldout.json`` says what its last checkpoint is measured on, ``result.json`` what came out.
+The run ends when the process PARENT (its id) has: killed, that one cannot say so itself.
 """
 
+import os
 import shutil
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from polyglu.compare.budget import measured_speed
 from polyglu.compare.heldout import measure
 from polyglu.config_file import load_config
-from polyglu.errors import run_command
+from polyglu.errors import EXIT_INTERRUPTED, run_command
 from polyglu.files import exclusive, read_json, write_json
 from polyglu.logs import configure_logging
 from polyglu.model.config import TrainConfig
@@ -24,6 +28,22 @@ from polyglu.training.train import train
 CONFIG, HELDOUT, RESULT = "config.yaml", "heldout.json", "result.json"
 SETTLED = 0.1
 """Share of the run, at its end, whose logged losses are averaged."""
+POLL = 0.2
+"""Seconds between looks at the parent."""
+
+
+def end_with(parent: int) -> None:
+    """End this process at once, in whatever it is doing, when it is no longer a child of ``parent``.
+
+    As after any kill, the last checkpoint is where a rerun goes on: saving now would hold the folder against it.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL)
+        os._exit(EXIT_INTERRUPTED)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def main(folder: Path) -> None:
@@ -70,5 +90,6 @@ def drop_resume_files(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
+    end_with(int(sys.argv[2]))
     configure_logging()
     run_command(lambda: main(Path(sys.argv[1])))

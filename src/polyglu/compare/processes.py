@@ -49,14 +49,15 @@ class Job:
 def start_process(folder: Path, device: str | None) -> Process:
     """Start a run; what it prints goes to ``log.txt`` in its folder.
 
-    It is in a session of its own: Ctrl-C reaches it once, through the process that waits for it.
+    It is in a session of its own: Ctrl-C reaches it once, through the process that waits for it. It is told which that
+    is, and does not outlive it: a rerun would find the folder held.
     """
     environment = dict(os.environ)
     if device is not None:
         environment["CUDA_VISIBLE_DEVICES"] = device
     with open(folder / LOG, "ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "polyglu.compare.member", str(folder)],
+            [sys.executable, "-m", "polyglu.compare.member", str(folder), str(os.getpid())],
             stdout=log,
             stderr=log,
             env=environment,

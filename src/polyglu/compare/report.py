@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 from rich.table import Table as ConsoleTable
 
 from polyglu.compare.figure import draw_curves, draw_differences, signed
+from polyglu.compare.statistics import digits
 from polyglu.files import write_atomically, write_text
 from polyglu.interpretability.plotting import to_png
 from polyglu.interpretability.plotting_pages import page_figure
@@ -16,6 +17,8 @@ from polyglu.page import Block, Cell, Code, Column, Note, Page, Paragraph, Secti
 
 TONES: dict[str, Tone] = {"lower": "good", "higher": "bad"}
 ROWS = {"training": "training, last steps", "heldout": "held-out"}
+BUDGETS = {"tokens": ",d", "flops": ".6g", "seconds": ",.10g"}
+"""How much a run may spend -> how it is written."""
 CURVES, DIFFERENCES, PAGE = "curves.png", "differences.png", "report.html"
 Row = list[Cell | str | float | None]
 
@@ -60,7 +63,7 @@ def build_page(results: Mapping[str, Any], figures: list[Block]) -> Page:
         results: of the suite.
         figures: its pictures.
     """
-    budget = ", ".join(f"{value:,.6g} {kind}" for kind, value in results["budget"].items())
+    budget = ", ".join(f"{value:{BUDGETS[kind]}} {kind}" for kind, value in results["budget"].items())
     lead = (
         f"{len(results['variants'])} variants, each trained with seeds {', '.join(map(str, results['seeds']))} on "
         f"{budget}, the same data in the same order. Computed by {results['machine']}."
@@ -157,14 +160,18 @@ def _leak_blocks(results: Mapping[str, Any]) -> list[Block]:
     if not results["leaks"]:
         return []
     columns = [Column("variant"), Column("rows")]
-    columns += [Column(title, kind="number", spec=".4f") for title in ("as trained", "sees no later token")]
+    columns += [Column(title, kind="number") for title in ("as trained", "sees no later token")]
     columns += [Column("difference", kind="number"), Column("seeds", kind="number")]
     rows: list[Row] = []
     for leak in results["leaks"]:
         for kind in ROWS:
             found = leak[kind]
             difference = Cell(signed(found["difference"]), found["difference"]["mean"])
-            means = (found["as_trained"]["mean"], found["honest"]["mean"])
+            low, high = (found["difference"][end] for end in ("low", "high"))
+            spec = digits(found["difference"]["mean"]) if low is None else digits(low, high)
+            means = [
+                Cell(format(mean, spec), mean) for mean in (found[key]["mean"] for key in ("as_trained", "honest"))
+            ]
             rows.append([leak["name"], ROWS[kind], *means, difference, found["difference"]["n"]])
     explained = (
         "The same weights on the same packed rows, without noise: routed by the mean they were trained with, and by "

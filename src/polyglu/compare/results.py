@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from polyglu.compare.heldout import Losses, sees_ahead
-from polyglu.compare.statistics import Difference, corrected, paired_difference, verdict
+from polyglu.compare.statistics import Difference, corrected, digits, paired_difference, verdict
 from polyglu.compare.suite import Suite
 from polyglu.estimates import LEVEL, Estimate, estimate, ratio_estimate
 from polyglu.training.estimate import count_parameters
@@ -61,6 +61,7 @@ def summarise(
         row = {"name": name, "parameters": count_parameters(suite.variants[name].model).total}
         row |= {"flops": flops[name], "tokens": tokens[name], "runs": len(runs)}
         row |= {"failed": len(settings.seeds) - len(runs)}
+        row |= {"curve_difference": _curve_difference(runs, by_variant[settings.reference])}
         variants.append(row | (_of_runs(list(runs.values())) if runs else {}) | _compared(name, losses, differences))
     ahead = [name for name, config in suite.variants.items() if sees_ahead(config.model) and by_variant[name]]
     leaks = [_leak(name, list(by_variant[name].values())) for name in ahead]
@@ -112,15 +113,24 @@ def _of_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for source in runs[0]["heldout"]
         },
         "of_one_run_over_documents": _plain(documents),
-        "curve": _mean_curve([run["curve"] for run in runs]),
+        "curve": _mean_curve([_by_step(run) for run in runs]),
     }
 
 
-def _mean_curve(curves: Sequence[Sequence[Sequence[float | None]]]) -> list[list[float]]:
-    """Step, and the mean loss of the runs, at the steps that all have."""
-    tables = [{step: loss for step, loss in curve if step is not None and loss is not None} for curve in curves]
-    steps = sorted(set.intersection(*(set(table) for table in tables)))
+def _by_step(run: Mapping[str, Any]) -> dict[int, float]:
+    return {step: loss for step, loss in run["curve"] if loss is not None}
+
+
+def _mean_curve(tables: Sequence[Mapping[int, float]]) -> list[list[float]]:
+    """Step, and the mean over tables, at the steps that all have."""
+    steps = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
     return [[step, float(np.mean([table[step] for table in tables]))] for step in steps]
+
+
+def _curve_difference(ours: Mapping[int, Any], theirs: Mapping[int, Any]) -> list[list[float]]:
+    """Step, and the mean of ``ours - theirs`` over the seeds that both have: of one seed, both saw the same data."""
+    pairs = [(_by_step(ours[seed]), _by_step(theirs[seed])) for seed in sorted(ours.keys() & theirs.keys())]
+    return _mean_curve([{step: our[step] - their[step] for step in our.keys() & their.keys()} for our, their in pairs])
 
 
 def _compared(
@@ -143,10 +153,13 @@ def _leak(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     leak: dict[str, Any] = {"name": name}
     for honest in ("training", "heldout"):
         trained = f"{honest}_as_trained"
+        ours, theirs = (dict(enumerate(heldout_loss(run, key) for run in runs)) for key in (honest, trained))
+        difference = paired_difference(ours, theirs)
+        assert difference is not None
         leak[honest] = {
-            "as_trained": _plain(estimate([heldout_loss(run, trained) for run in runs])),
-            "honest": _plain(estimate([heldout_loss(run, honest) for run in runs])),
-            "difference": _plain(estimate([heldout_loss(run, honest) - heldout_loss(run, trained) for run in runs])),
+            "as_trained": _plain(estimate(list(theirs.values()))),
+            "honest": _plain(estimate(list(ours.values()))),
+            "difference": _plain(difference.estimate),
             "of_each_run_over_documents": [_plain(_leak_over_documents(run, honest, trained)) for run in runs],
         }
     return leak
@@ -164,19 +177,21 @@ def leak_sentence(leak: Mapping[str, Any]) -> str:
     if n == 1:
         found, unit = rows["of_each_run_over_documents"][0], "the documents of one seed's rows"
     if found["low"] is None:
-        return f"{leak['name']}: one document does not tell what its routing sees ahead."
+        few = "one document does" if n == 1 else f"{n} equal differences do"
+        return f"{leak['name']}: {few} not tell what its routing sees ahead."
+    spec = digits(found["low"], found["high"])
     if found["low"] <= 0 <= found["high"]:
         return (
             f"{leak['name']}: whether its loss on training rows is lower with the routing it was trained with than "
-            f"with routing that sees only what came before is undecided ({found['mean']:+.4f} nats, {LEVEL:.0%} "
-            f"interval {found['low']:+.4f} to {found['high']:+.4f} over {unit})."
+            f"with routing that sees only what came before is undecided ({found['mean']:+{spec}} nats, {LEVEL:.0%} "
+            f"interval {found['low']:+{spec}} to {found['high']:+{spec}} over {unit})."
         )
     way, (low, high) = "lower" if found["mean"] > 0 else "higher", sorted((abs(found["low"]), abs(found["high"])))
     return (
         f"{leak['name']}: with the routing it was trained with, which sees ahead, its loss on training rows is "
-        f"{abs(found['mean']):.4f} nats {way} than the same weights' with routing that sees only what came before "
-        f"({rows['as_trained']['mean']:.4f} against {rows['honest']['mean']:.4f}; {LEVEL:.0%} interval {low:.4f} to "
-        f"{high:.4f} over {unit})."
+        f"{abs(found['mean']):{spec}} nats {way} than the same weights' with routing that sees only what came before "
+        f"({rows['as_trained']['mean']:{spec}} against {rows['honest']['mean']:{spec}}; {LEVEL:.0%} interval "
+        f"{low:{spec}} to {high:{spec}} over {unit})."
     )
 
 

@@ -116,7 +116,7 @@ def pick_devices(given: str | None) -> list[str | None]:
     if given is None:
         return [_visible(0)] if count else [None]
     parts = [part.strip() for part in given.split(",")]
-    if not all(part.isdigit() and int(part) < count for part in parts) or len(set(parts)) < len(parts):
+    if not all(part.isdecimal() and int(part) < count for part in parts) or len(set(parts)) < len(parts):
         there = f"there are {count}, from 0 on" if count else "there is none; leave it out, to use the CPU"
         raise PolygluError(f"--devices must name GPUs, each once, as in 0,1; got {given!r}, {there}.")
     return [_visible(int(part)) for part in parts]

@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from polyglu.config_file import load_config, read_yaml, validate
+from polyglu.config_file import Section, load_config, read_yaml, validate
 from polyglu.errors import PolygluError
-from polyglu.model.config import ModelConfig, Section, TrainConfig
+from polyglu.model.config import ModelConfig, TrainConfig
 from polyglu.training.estimate import count_parameters
 from polyglu.training.memory import rows_per_step
 

@@ -8,16 +8,11 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
+from polyglu.config_file import Section
 from polyglu.data.tokenizer import QWEN3
 from polyglu.errors import PolygluError
-
-
-class Section(BaseModel):
-    """A config or a part of one: frozen, unknown keys forbidden."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polyglu.estimates import SIGNIFICANT
 from polyglu.interpretability import plotting_text
 from polyglu.interpretability.ablation import Losses
-from polyglu.interpretability.statistics import CONFIDENCE, Interval, holm, ratio_error, t_interval, two_sided_p
-from polyglu.interpretability.text_analysis import LEVEL, described, numbered
+from polyglu.interpretability.statistics import Interval, holm, ratio_error, t_interval, two_sided_p
+from polyglu.interpretability.text_analysis import described, numbered
 from polyglu.page import Block, Cell, Column, Figure, Note, Page, Paragraph, Section, Table
 
 
@@ -41,7 +42,7 @@ def _changes(change: Tensor, error: Tensor, freedom: int) -> list[dict[str, Any]
     p_values = two_sided_p(change, error, freedom)
     columns = {
         "change": described(t_interval(change, error, freedom)),
-        "simultaneous": described(t_interval(change, error, freedom, 1 - (1 - CONFIDENCE) / len(change))),
+        "simultaneous": described(t_interval(change, error, freedom, 1 - SIGNIFICANT / len(change))),
         "p": p_values.tolist(),
         "p_holm": holm(p_values).tolist(),
     }
@@ -71,7 +72,7 @@ def _of_layers(layers: Sequence[Mapping[str, Any]], gain: str, replacement: str)
     rest: list[int] = []
     for index, layer in enumerate(layers):
         estimate = layer["change"]["estimate"]
-        (rest if layer["p_holm"] > LEVEL else rises if estimate > 0 else falls).append(index)
+        (rest if layer["p_holm"] > SIGNIFICANT else rises if estimate > 0 else falls).append(index)
     parts = []
     if rises:
         parts.append(f"{gain} in {numbered('layer', rises)}: with {replacement} it rises by {_span(layers, rises)}")
@@ -83,7 +84,7 @@ def _of_layers(layers: Sequence[Mapping[str, Any]], gain: str, replacement: str)
         reach = f": the change lies between {min(known):+.2g} and {max(known):+.2g} (joint 95%)" if known else ""
         where = numbered("layer", rest) if parts else "any layer"
         parts.append(f"With {replacement}, no change of the loss is shown in {where}{reach}")
-    corrected = f" (Holm-corrected over {len(layers)} layers, p ≤ {LEVEL})" if rises or falls else ""
+    corrected = f" (Holm-corrected over {len(layers)} layers, p ≤ {SIGNIFICANT})" if rises or falls else ""
     return f"{'. '.join(parts)}{corrected}."
 
 
@@ -102,7 +103,7 @@ def draw(found: Mapping[str, Any], checkpoint: Path) -> Figure:
     layers, shown = None, None
     if all("layers" in entry for entry in entries):
         layers = torch.tensor([[layer["change"]["estimate"] for layer in entry["layers"]] for entry in entries])
-        shown = torch.tensor([[layer["p_holm"] <= LEVEL for layer in entry["layers"]] for entry in entries])
+        shown = torch.tensor([[layer["p_holm"] <= SIGNIFICANT for layer in entry["layers"]] for entry in entries])
     labels = [entry["label"] for entry in entries]
     alt = f"Change of the loss under {len(entries)} ways to replace the routing, in all layers and in each"
     return plotting_text.ablation(labels, whole, layers, shown, caption).on_page(alt)
@@ -113,7 +114,7 @@ def _interval_of(changes: Sequence[Mapping[str, float | None]]) -> Interval:
     return Interval(*(torch.tensor(part, dtype=torch.float64) for part in parts))
 
 
-STAR = "A star: differs from 0, p ≤ 0.05 after correction (Holm)."
+STAR = f"A star: differs from 0, p ≤ {SIGNIFICANT} after correction (Holm)."
 CAUTION = (
     "The model was trained with its routing: what it loses without it is what it has come to rely on, not what a model "
     "trained without routing would lack."
@@ -160,7 +161,7 @@ def _layer_table(entries: Sequence[Mapping[str, Any]]) -> list[Block]:
 
 
 def _cell(entry: Mapping[str, Any]) -> Cell:
-    star = " *" if entry["p_holm"] <= LEVEL else ""
+    star = " *" if entry["p_holm"] <= SIGNIFICANT else ""
     return Cell(f"{signed(entry['change'])}{star}", entry["change"]["estimate"])
 
 

@@ -17,7 +17,12 @@ from polyglu.interpretability.text_analysis import described
 from polyglu.interpretability.text_routing import route_layers, token_logits
 from polyglu.interpretability.texts import Texts
 from polyglu.model.activations import ACTIVATIONS
+from polyglu.model.config import ModelConfig, RoutingScope
+from polyglu.model.model import describe_shape, read_checkpoint
 from polyglu.model.routing import static_entropy
+
+MOMENTUM_STEPS = 100
+"""Between checkpoints nearer than that, an update's direction lasts by AdamW's momentum alone (beta1 0.9: 10 steps)."""
 
 
 @dataclass(frozen=True)
@@ -58,28 +63,53 @@ def find_checkpoints(given: Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def check_one_run(opened: Inference, checkpoint: Path, others: Sequence[Path]) -> None:
+    """Refuse checkpoints that cannot be of one run.
+
+    Args:
+        opened: the checkpoint.
+        checkpoint: its path.
+        others: paths.
+
+    Raises:
+        PolygluError: one of them is no checkpoint, or has another shape or tokenizer.
+    """
+    ours = _shape(opened.model.config, opened.routing_scope)
+    for path in others:
+        other = read_checkpoint(path)
+        theirs = _shape(other.config, other.config.routing_scope)
+        for key in ours | theirs:
+            if ours.get(key) != theirs.get(key):
+                raise PolygluError(
+                    f"--over {path}: its {key} is {theirs.get(key)}, that of {checkpoint} is {ours.get(key)}; give "
+                    "checkpoints of one run."
+                )
+        if other.tokenizer.get("fingerprint", opened.tokenizer.fingerprint) != opened.tokenizer.fingerprint:
+            raise PolygluError(
+                f"--over {path}: it was trained with another tokenizer ('{other.tokenizer.get('name')}') than "
+                f"{checkpoint}; give checkpoints of one run."
+            )
+
+
+def _shape(config: ModelConfig, scope: RoutingScope) -> dict[str, Any]:
+    return describe_shape(config) | {"routing_scope": scope}
+
+
 def follow(opened: Inference, checkpoint: Path, others: Sequence[Path], texts: Texts) -> list[Snapshot]:
     """Look at a checkpoint and others of its run, in the order of their steps; of several at one step the first counts.
 
     Args:
         opened: the checkpoint.
         checkpoint: its path.
-        others: paths.
+        others: paths, of the same run (``check_one_run``).
         texts: encoded with its tokenizer.
 
     Raises:
-        PolygluError: one of them cannot be opened, or has another shape or tokenizer.
+        PolygluError: one of them cannot be opened.
     """
     snapshots = {opened.step: look_at(opened, checkpoint, texts)}
-    shape = snapshots[opened.step].alpha.shape
     for path in others:
         other = open_for_inference(path, opened.tokenizer.name)
-        alpha = stack_alpha(other.model)
-        if alpha.shape != shape:
-            raise PolygluError(
-                f"--over {path}: its preferences have the shape {tuple(alpha.shape)}, those of {checkpoint} "
-                f"{tuple(shape)}; give checkpoints of one run."
-            )
         if other.step not in snapshots:
             snapshots[other.step] = look_at(other, path, texts)
     return [snapshots[step] for step in sorted(snapshots)]
@@ -127,16 +157,29 @@ def persistence(snapshots: Sequence[Snapshot]) -> Interval | None:
     return t_interval(of_layers.mean(), error, n_layers - 1)
 
 
-def persistence_in_words(found: Interval | None) -> str:
-    """What the correlation says about the static preferences, and no more."""
+def persistence_in_words(snapshots: Sequence[Snapshot]) -> str:
+    """What the correlation says about the static preferences between which steps, and no more."""
+    if len(snapshots) == 1:
+        return f"All checkpoints are of step {snapshots[0].step:,}: one does not show how routing changes over time."
+    found = persistence(snapshots)
     if found is None:
         return ""
-    value = f"consecutive changes of α correlate by {found.estimate:.3f}"
+    steps = [0, *(one.step for one in snapshots if one.step > 0)]
+    lengths = [later - earlier for earlier, later in zip(steps, steps[1:], strict=False)]
+    shortest, longest = f"{min(lengths):,}", f"{max(lengths):,}"
+    of_steps = shortest if shortest == longest else f"{shortest} to {longest}"
+    value = (
+        f"consecutive changes of α, from step 0 to step {steps[-1]:,} in {len(lengths)} intervals of {of_steps} steps, "
+        f"correlate by {found.estimate:.3f}"
+    )
     if not (found.low.isfinite() and found.high.isfinite()):
         return f"Neurons' {value} (one layer: no interval)."
     value += f" (mean over layers, 95% interval {found.low:.3f} to {found.high:.3f})"
     if found.low > 0:
-        return f"Neurons' {value}: their preferences keep moving the same way, as noisy updates alone would not."
+        alone = "as noisy updates alone would not"
+        if min(lengths) < MOMENTUM_STEPS:
+            alone = "but over intervals of so few steps the optimiser's momentum alone may do that"
+        return f"Neurons' {value}: between these steps their preferences keep moving the same way, {alone}."
     return f"Neurons' {value}: that their preferences are more than the drift of noisy updates is not shown."
 
 
@@ -146,7 +189,7 @@ def to_json(snapshots: Sequence[Snapshot]) -> dict[str, Any]:
     return {
         "checkpoints": [_snapshot(one) for one in snapshots],
         "persistence_of_alpha": None if found is None else described(found),
-        "persistence_sentence": persistence_in_words(found),
+        "persistence_sentence": persistence_in_words(snapshots),
     }
 
 

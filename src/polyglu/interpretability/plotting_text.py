@@ -12,6 +12,7 @@ from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from polyglu import page
+from polyglu.estimates import SIGNIFICANT
 from polyglu.interpretability.plotting import (
     GREY,
     GRID,
@@ -139,8 +140,8 @@ def routing_kinds(
         "How routing differs between kinds of text", max(12.0, 6 + 0.3 * n_layers), 5.0, caption
     )
     left, right = body.subplots(1, 2, width_ratios=(1.25, 1))
-    shown = p_values <= 0.05
-    for mask, filled, label in ((shown, True, "p ≤ 0.05"), (~shown, False, "difference not shown")):
+    shown = p_values <= SIGNIFICANT
+    for mask, filled, label in ((shown, True, f"p ≤ {SIGNIFICANT}"), (~shown, False, "difference not shown")):
         layers = mask.nonzero()[:, 0]
         if len(layers):
             values = Interval(*(part[layers] for part in effect))
@@ -160,7 +161,7 @@ def routing_kinds(
     right.imshow(pairs.clamp(min=0).numpy(), vmin=0, vmax=1, cmap=colours)
     for row, column in pairs.isfinite().nonzero().tolist():
         value = pairs[row, column].item()
-        text = f"{value:.0%}" if pair_p[row, column] <= 0.05 else f"({value:.0%})"
+        text = f"{value:.0%}" if pair_p[row, column] <= SIGNIFICANT else f"({value:.0%})"
         right.text(column, row, text, ha="center", va="center", color="white" if value > 0.5 else "#222222")
     right.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
     right.set_yticks(range(len(kinds)), kinds)

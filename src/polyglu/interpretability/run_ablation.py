@@ -14,12 +14,12 @@ from rich.table import Table
 
 from polyglu.data.held_out import first_documents
 from polyglu.errors import PolygluError, run_command
+from polyglu.estimates import LEVEL
 from polyglu.files import check_writable, json_text, write_atomically
 from polyglu.inference import Inference, open_for_inference
 from polyglu.interpretability.ablation import interventions, mean_weights, measure, passes
 from polyglu.interpretability.ablation_report import ablation_page, draw, signed, summary
 from polyglu.interpretability.neurotransmitter_maps import stack_alpha
-from polyglu.interpretability.statistics import CONFIDENCE
 from polyglu.logs import configure_logging
 from polyglu.page import render
 
@@ -65,7 +65,7 @@ def ablate_checkpoint(
         "checkpoint": {"path": str(checkpoint), "sha256": opened.sha256, "step": opened.step, "tau": opened.tau},
         "routing_scope": opened.routing_scope,
         "data": {"path": str(data), "documents": len(documents), "tokens": int(losses.tokens.sum())},
-        "confidence": CONFIDENCE,
+        "confidence": LEVEL,
         **summary(losses),
     }
     figure = draw(found, checkpoint)

@@ -32,7 +32,7 @@ from polyglu.interpretability.dynamic_routing import (
     shift_within_kinds,
     shifts_between_kinds,
 )
-from polyglu.interpretability.evolution import find_checkpoints
+from polyglu.interpretability.evolution import check_one_run, find_checkpoints
 from polyglu.interpretability.neurotransmitter_maps import (
     preference_shares,
     stack_alpha,
@@ -106,12 +106,14 @@ def analyze_checkpoint(
         content of ``text_routing.json`` under ``text_routing``.
 
     Raises:
-        PolygluError: not a checkpoint, no tokenizer, no routed layers, no texts, or ``output`` cannot be written to.
+        PolygluError: not a checkpoint, no tokenizer, no routed layers, no texts, checkpoints of another run to follow,
+            or ``output`` cannot be written to.
     """
     check_writable(output, "--output folder")
     others = find_checkpoints(settings.over) if settings else []
     opened = open_for_inference(checkpoint, tokenizer)
     stack_alpha(opened.model)  # refuses a model without routing
+    check_one_run(opened, checkpoint, others)
     texts = settings.read(opened) if settings else None
     analysis = analyze(opened.model, opened.tokenizer, opened.tau)
     stats = make_stats(analysis, checkpoint, opened)

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from polyglu import estimates
 
-CONFIDENCE = 0.95
-"""Of every interval."""
 PERMUTATIONS = 1999
 """Of a permutation test: no p-value is below 1 / 2000."""
 BOOTSTRAPS = 999
@@ -27,7 +25,7 @@ class Interval(NamedTuple):
     high: Tensor
 
 
-def t_interval(estimate: Tensor, error: Tensor, freedom: int, confidence: float = CONFIDENCE) -> Interval:
+def t_interval(estimate: Tensor, error: Tensor, freedom: int, confidence: float = estimates.LEVEL) -> Interval:
     """Student's t interval around an estimate with a standard error; infinite where there are no degrees of freedom."""
     if freedom < 1:
         return Interval(estimate, torch.full_like(estimate, -torch.inf), torch.full_like(estimate, torch.inf))
@@ -82,6 +80,7 @@ class Difference(NamedTuple):
     """How groups of documents differ, for each of several grams (layers)."""
 
     pseudo_f: Tensor
+    """Infinite where documents of a group do not vary at all."""
     p_value: Tensor
     effect: Interval
     """Omega squared: share of the variance between documents that the groups explain, corrected for chance; 0..1, or
@@ -110,12 +109,12 @@ def group_difference(gram: Tensor, labels: Tensor, generator: torch.Generator) -
     shuffled = torch.stack([labels[torch.randperm(n, generator=generator)] for _ in range(PERMUTATIONS)])
     between, total = _sums_of_squares(gram, _one_hot(torch.cat([labels[None], shuffled]), groups))
     pseudo_f = (between / (groups - 1)) / ((total - between).clamp(min=0) / (n - groups))
-    pseudo_f = pseudo_f.nan_to_num(nan=0.0)  # all documents alike
+    pseudo_f = pseudo_f.nan_to_num(nan=0.0, posinf=torch.inf)  # 0: all documents alike
     exceeding = (pseudo_f[:, 1:] >= pseudo_f[:, :1] * (1 - 1e-9)).sum(1)
     effect = _omega_squared(between[:, 0], total[:, 0], n, groups)
     resampled = _one_hot(labels[None], groups) * _resampled_counts(labels, groups, generator)[:, None]
     samples = _omega_squared(*_sums_of_squares(gram, resampled), n, groups)
-    tail = (1 - CONFIDENCE) / 2
+    tail = estimates.SIGNIFICANT / 2
     low, high = samples.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=1)
     shift = effect - samples.mean(1)
     return Difference(

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polyglu.estimates import LEVEL, SIGNIFICANT
 from polyglu.interpretability.statistics import (
-    CONFIDENCE,
     Difference,
     Interval,
     group_difference,
@@ -30,9 +30,6 @@ from polyglu.interpretability.texts import Texts
 from polyglu.model.activations import ACTIVATIONS
 from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.routing import static_entropy
-
-LEVEL = 0.05
-"""A corrected p-value up to this shows a difference."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ def analyze_texts(model: PolychromaticLM, texts: Texts, alpha: Tensor, tau: floa
 def kinds_in_words(analysis: TextAnalysis) -> str:
     """Whether routing differs between kinds of text, in a sentence or two that claim no more than the tests show."""
     corrected, effect = analysis.corrected, analysis.kinds.effect.estimate
-    shown = (corrected <= LEVEL).nonzero()[:, 0].tolist()
+    shown = (corrected <= SIGNIFICANT).nonzero()[:, 0].tolist()
     n_layers = len(corrected)
     if not shown:
         return (
@@ -133,11 +130,16 @@ def kinds_in_words(analysis: TextAnalysis) -> str:
         f"Routing differs between these kinds of text in {where} (permutation test over documents, Holm-corrected over "
         f"{n_layers}, p ≤ {corrected[shown].max():.2g}); the kind explains {share} of the variance between documents."
     )
-    missing = [" and ".join(pair) for pair, p in analysis.corrected_pairs.items() if p > LEVEL]
+    rigid = analysis.kinds.pseudo_f.isinf().nonzero()[:, 0].tolist()
+    if rigid:
+        sentence += f" Documents of one kind do not vary at all in {numbered('layer', rigid)}, so F is infinite there."
+    missing = [" and ".join(pair) for pair, p in analysis.corrected_pairs.items() if p > SIGNIFICANT]
     if missing:
         sentence += f" Pair by pair, over all layers, no difference is shown between {'; nor '.join(missing)}."
     elif len(analysis.pairs) > 1:
-        sentence += f" Each of the {len(analysis.pairs)} pairs differs over all layers (p ≤ {LEVEL}, Holm-corrected)."
+        sentence += (
+            f" Each of the {len(analysis.pairs)} pairs differs over all layers (p ≤ {SIGNIFICANT}, Holm-corrected)."
+        )
     return sentence
 
 
@@ -185,7 +187,7 @@ def to_json(analysis: TextAnalysis) -> dict[str, Any]:
             "positions_of_each": min(POSITIONS, texts.tokens.shape[1]),
             "too_short": dict(texts.too_short),
         },
-        "confidence": CONFIDENCE,
+        "confidence": LEVEL,
         "layers": [_layer(analysis, index) for index in range(len(analysis.layers))],
         "kinds": {
             "pseudo_f": [value if math.isfinite(value) else None for value in analysis.kinds.pseudo_f.tolist()],

@@ -83,7 +83,8 @@ def report_on_texts(
         snapshots = evolution.follow(opened, checkpoint, others, texts)
         written["over_training"] = evolution.to_json(snapshots)
         sentences.append(written["over_training"]["persistence_sentence"])
-        figures[EVOLUTION_FIGURE] = draw_evolution(snapshots, f"{sentences[-1]}\n{_of_texts(texts)}")
+        if len(snapshots) > 1:
+            figures[EVOLUTION_FIGURE] = draw_evolution(snapshots, f"{sentences[-1]}\n{_of_texts(texts)}")
     written["sentences"] = [sentence for sentence in sentences if sentence]
     firsts = [int((texts.labels == index).nonzero()[0]) for index in range(len(texts.kinds))]
     tokens = [[opened.tokenizer.decode([token]) for token in texts.tokens[row].tolist()] for row in firsts]

@@ -94,12 +94,20 @@ def read_kinds(folder: Path, tokenizer: Encoder, documents: int, length: int) ->
     """Texts of a folder: ``KIND.jsonl`` and ``KIND.txt``; arguments as in ``embedded_texts``, but nothing is joined.
 
     Raises:
-        PolygluError: no such folder, fewer than two kinds in it, or fewer than two documents of a kind that are long
-            enough.
+        PolygluError: no such folder, fewer than two kinds in it, two files of a kind, or fewer than two documents of a
+            kind that are long enough.
     """
     if not folder.is_dir():
         raise PolygluError(f"--texts {folder} is not a folder; give one with a KIND.jsonl or KIND.txt for each kind.")
-    files = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in (".jsonl", ".txt")}
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in (".jsonl", ".txt"):
+            continue
+        if path.stem in files:
+            raise PolygluError(
+                f"--texts {folder} has {files[path.stem].name} and {path.name}, two files of one kind; keep one."
+            )
+        files[path.stem] = path
     if len(files) < 2:
         raise PolygluError(
             f"--texts {folder} has {len(files)} kinds of text, two are needed: a KIND.jsonl or KIND.txt for each."

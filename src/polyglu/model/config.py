@@ -4,16 +4,14 @@ import math
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PositiveFloat,
     PositiveInt,
-    ValidationInfo,
-    field_validator,
     model_validator,
 )
+
+from polyglu.config_file import Section
 
 RoutingScope = Literal["sequence", "document", "causal"]
 RoutingParts = Literal["both", "static", "dynamic"]
@@ -45,20 +43,6 @@ def _no_auto(value: Any) -> Any:
             "size would pack them anew, in another order; give a number"
         )
     return value
-
-
-class Section(BaseModel):
-    """A config or a part of one: frozen, unknown keys forbidden, no NaN or infinity, no switch taken for a number."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_switch(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse true and false where no switch is: pydantic would take them for 1 and 0."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError(f"must not be {str(value).lower()}, for it is no switch")
-        return value
 
 
 class ModelConfig(Section):

@@ -5,6 +5,9 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from polyglu.compare.report import build_page
 from polyglu.compare.run import compare, pick_devices, run_folder
 from polyglu.compare.suite import load_suite
 from polyglu.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, Interrupted, PolygluError
+from polyglu.files import exclusive
 from polyglu.page import render
 from polyglu.training import fit
 
@@ -320,6 +324,34 @@ def test_devices_are_those_that_are_seen(monkeypatch: pytest.MonkeyPatch) -> Non
     assert pick_devices(None) == ["0"] and pick_devices("0, 2") == ["0", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
     assert pick_devices("0,2") == ["4", "7"]
-    for bad in ("3", "0,0", "a", ""):
+    for bad in ("3", "0,0", "a", "", "²"):
         with pytest.raises(PolygluError, match="must name GPUs, each once"):
             pick_devices(bad)
+
+
+def test_runs_do_not_outlive_a_killed_command(tmp_path: Path) -> None:
+    """Killed in the middle of a run of about a minute, it leaves no process that would hold the run's folder."""
+    suite, output = write_suite(tmp_path, budget={"tokens": 20_000 * STEP_TOKENS}), tmp_path / "out"
+    folder = run_folder(output, "swiglu", 0)
+    with subprocess.Popen(
+        [sys.executable, "-m", "polyglu.compare.run", str(suite), "--output", str(output)]
+    ) as command:
+        wait_for(lambda: (folder / "metrics.jsonl").exists())
+        command.kill()
+    wait_for(lambda: is_free(folder), 20)
+    assert is_free(output) and not (folder / "result.json").exists()
+
+
+def wait_for(holds: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.1)
+
+
+def is_free(folder: Path) -> bool:
+    try:
+        with exclusive(folder):
+            return True
+    except PolygluError:
+        return False

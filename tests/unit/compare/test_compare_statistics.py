@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from polyglu.compare.statistics import Difference, corrected, paired_difference, verdict
-from polyglu.estimates import estimate, holm, ratio_estimate
+from polyglu.compare.statistics import Difference, corrected, digits, paired_difference, verdict
+from polyglu.estimates import Estimate, estimate, holm, ratio_estimate
 
 STUDENT = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0], [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
 """Extra hours of sleep with two drugs (Student 1908): t = -4.0621 on 9 degrees of freedom, p = 0.002833."""
@@ -139,3 +139,26 @@ def test_each_group_is_in_the_one_sentence() -> None:
     )
     assert found.index("lower for good") < found.index("higher for bad") < found.index("undecided for open")
     assert found.count(". ") == 0 and found.endswith("(1 of the runs failed, and are not in it).")
+
+
+@pytest.mark.parametrize("losses", [(3.0, 4.0), (3.0, 3.1, 2.7)])
+def test_equal_differences_have_no_interval_and_claim_nothing(losses: tuple[float, ...]) -> None:
+    """Even where subtracting leaves the last bits different."""
+    found = compared(swiglu=list(losses), shifted=[loss - 0.1 for loss in losses], same=list(losses))
+    assert found["shifted"].outcome == "untested" and found["same"].outcome == "undecided"
+    for one in found.values():
+        assert (one.estimate.low, one.estimate.high, one.estimate.n) == (None, None, len(losses))
+    assert "is undecided for shifted and same" in verdict(found, "swiglu")
+    alone = verdict({"shifted": found["shifted"]}, "swiglu")
+    assert alone.startswith("Nothing can be said") and "not all equal" in alone
+
+
+@pytest.mark.parametrize(("p", "outcome"), [(0.05, "lower"), (0.0500001, "undecided")])
+def test_the_level_itself_is_significant(p: float, outcome: str) -> None:
+    assert corrected({"a": Difference(Estimate(-1.0, -2.0, 0.0, 3), p)})["a"].outcome == outcome
+
+
+def test_two_digits_of_an_interval_are_seen() -> None:
+    assert [digits(0.00005, 0.00041), digits(-0.075, 0.0754), digits(0.0, 0.0)] == [".5f", ".4f", ".4f"]
+    small = verdict(compared(swiglu=REFERENCE, near=shifted(-2.3e-4, -2.2e-4, -2.4e-4, -2.3e-4)), "swiglu")
+    assert "lower for near by 0.00023 nats (95% interval 0.00022 to 0.00024)" in small

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from test_suite import write
 
+from polyglu.compare.figure import draw_curves
 from polyglu.compare.report import build_page, console_table
 from polyglu.compare.results import leak_sentence, run_label, summarise
 from polyglu.compare.suite import Suite, load_suite
@@ -89,3 +90,38 @@ def test_a_leak_is_stated_with_its_interval_or_not_at_all(suite: Suite) -> None:
     assert "95% interval 0.4752 to 0.5248 over 3 seeds" in leak(suite, -0.5, -0.51, -0.49)
     assert "is undecided (+0.0333 nats" in leak(suite, 0.5, -0.5, 0.1)
     assert "over the documents of one seed's rows" in leak(suite, 0.5)
+    assert "2 equal differences do not tell" in leak(suite, 0.5, 0.5)
+
+
+def test_a_small_leak_is_written_with_the_digits_it_has(suite: Suite) -> None:
+    found = results(suite, {seed: run(3.0, value) for seed, value in enumerate((2.2e-4, 2.4e-4, 2.3e-4))})
+    sentence = leak_sentence(found["leaks"][0])
+    assert "0.00023 nats lower" in sentence and "(2.99977 against 3.00000; 95% interval 0.00021 to 0.00025" in sentence
+    page = render(build_page(found, []))
+    assert ">2.99977<" in page and "+0.00023 (+0.00021 to +0.00025)" in page
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"), [({"tokens": 10**9}, "1,000,000,000 tokens"), ({"seconds": 1.5e6}, "1,500,000 seconds")]
+)
+def test_the_budget_is_written_out(suite: Suite, budget: dict[str, float], said: str) -> None:
+    assert f"on {said}, the same data" in build_page(results(suite, {}) | {"budget": budget}, []).lead
+
+
+def test_curves_are_paired_by_seed(suite: Suite) -> None:
+    """The mean over seeds 0 and 1 minus that over all three would be -0.15: what seed 2 did to the reference alone."""
+    found = results(suite, {seed: run(2.9 + 0.1 * seed, 0.5) for seed in (0, 1)})
+    assert found["variants"][1]["curve_difference"] == [[1, 0.0], [30, pytest.approx(-0.1)]]
+    figure, points = draw_curves(found)
+    (lower,) = [panel for panel in figure.axes if panel.get_ylabel() == "minus swiglu"]
+    assert [line.get_ydata()[-1] for line in lower.lines] == pytest.approx([0, -0.1]) and len(points) == 2
+    alone = results(suite, {})["variants"]
+    assert alone[1]["curve_difference"] == [] == alone[1].get("curve", [])
+
+
+def test_a_curve_whose_steps_are_all_early_is_drawn_whole(suite: Suite) -> None:
+    found = results(suite, {0: run(2.9, 0.5) | {"curve": [[1, 4.0], [30, None]]}})
+    assert [point.text for point in draw_curves(found)[1]] == [
+        "swiglu: 3.1000 at step 30",
+        "sequence: 4.0000 at step 1",
+    ]

@@ -20,6 +20,15 @@ def test_heatmap_shows_each_preference_in_its_colour() -> None:
     assert other[0][0] == pytest.approx(to_rgb(plotting.NO_PREFERENCE[1]), abs=1e-6)
 
 
+def test_each_layer_of_the_heatmap_is_its_own() -> None:
+    """Layer n's neurons all prefer activation n; the first layer stands on top, as the axis says."""
+    weights = torch.eye(4)[:3, None].expand(3, 5, 4)
+    panel = plotting.neurotransmitter_heatmap(weights, weights.flip(0), "").subfigs[0].axes[0]
+    for layer, row in enumerate(panel.images[0].get_array().tolist()):
+        assert all(colour == pytest.approx(to_rgb(ACTIVATIONS[layer].colour), abs=1e-6) for colour in row)
+    assert panel.images[0].get_extent()[2] > panel.images[0].get_extent()[3]
+
+
 def test_many_neurons_are_binned() -> None:
     weights = torch.randn(2, 20_000, 3, generator=torch.Generator().manual_seed(0)).softmax(-1)
     figure = plotting.neurotransmitter_heatmap(weights, weights, "")

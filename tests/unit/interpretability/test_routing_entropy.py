@@ -23,6 +23,13 @@ def test_known_values() -> None:
     assert stats["normalized_mean"] == pytest.approx(0.5 / math.log(2))
 
 
+@pytest.mark.parametrize("k", [2, 4, 6])
+def test_nats_up_to_ln_k(k: int) -> None:
+    assert static_entropy(torch.zeros(3, k)).tolist() == pytest.approx([math.log(k)] * 3)
+    certain = torch.eye(k)[:1] * 1000
+    assert static_entropy(certain).tolist() == [0.0]
+
+
 def test_one_neuron_and_one_activation_give_numbers() -> None:
     stats = entropy_stats(torch.zeros(1, 1), n_activations=1)
     assert stats["per_layer_std"] == [0.0]

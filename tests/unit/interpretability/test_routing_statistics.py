@@ -125,3 +125,10 @@ def test_a_large_difference_is_found_with_its_size(monkeypatch: pytest.MonkeyPat
 def test_equal_documents_do_not_differ() -> None:
     found = group_difference(torch.zeros(1, 6, 6), torch.arange(2).repeat_interleave(3), generator())
     assert (found.p_value.item(), found.effect.estimate.item(), found.pseudo_f.item()) == (1, 0, 0)
+
+
+def test_groups_without_any_spread_have_an_infinite_f() -> None:
+    labels = torch.arange(2).repeat_interleave(5)
+    values = torch.tensor([[1.0], [-1.0]])[labels]
+    found = group_difference((values @ values.mT)[None], labels, generator())
+    assert found.pseudo_f.item() == torch.inf and found.effect.estimate.item() == 1 and found.p_value.item() < 0.05

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from polyglu.data.tokenizer import Tokenizer, train_bpe
 from polyglu.errors import PolygluError
-from polyglu.interpretability import NEURON_FILE, PAGE_FILE, TEXT_FIGURES, TEXT_FILE, text_report
+from polyglu.interpretability import EVOLUTION_FIGURE, NEURON_FILE, PAGE_FILE, TEXT_FIGURES, TEXT_FILE, text_report
 from polyglu.interpretability.neurotransmitter_maps import stack_alpha
 from polyglu.interpretability.run_analysis import TextSettings, analyze, analyze_checkpoint
 from polyglu.interpretability.text_analysis import analyze_texts, to_json
@@ -125,6 +125,44 @@ def test_texts_add_figures_numbers_neurons_and_a_page(tmp_path: Path, tokenizer:
     assert len(page.images) == len(TEXT_FIGURES) + 6
     routes = [data for data in page.data if isinstance(data, dict)]
     assert [route["layers"] for route in routes] == [2, 2, 2] and len(routes[0]["dominant"]) == 2 * 24
+
+
+@pytest.mark.usefixtures("coarse")
+def test_one_snapshot_is_not_drawn_as_training(tmp_path: Path, tokenizer: Tokenizer, kinds: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "model.pt", tokenizer)
+    settings = TextSettings(kinds, documents=2, tokens=24, over=[str(checkpoint)])
+    found = analyze_checkpoint(checkpoint, tmp_path / "figures", settings=settings)["text_routing"]
+    assert not (tmp_path / "figures" / EVOLUTION_FIGURE).exists()
+    assert "one does not show how routing changes over time" in found["sentences"][-1]
+    assert "Over training" not in (tmp_path / "figures" / PAGE_FILE).read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"d_ff": 9}, "its d_ff is 9, that of .*model.pt is 7"),
+        ({"n_q_heads": 1}, "its n_q_heads is 1"),  # its preferences have the same shape
+        ({"routing_scope": "sequence"}, "its routing_scope is sequence"),
+        ({"ffn": "swiglu"}, "its ffn is swiglu"),
+    ],
+)
+def test_checkpoints_of_another_run_are_refused(
+    tmp_path: Path, tokenizer: Tokenizer, kinds: Path, changes: dict[str, Any], said: str
+) -> None:
+    checkpoint = save_checkpoint(tmp_path / "model.pt", tokenizer)
+    other = save_checkpoint(tmp_path / "other.pt", tokenizer, step=5, **changes)
+    with pytest.raises(PolygluError, match=f"--over {other}: {said}.*; give checkpoints of one run"):
+        analyze_checkpoint(checkpoint, tmp_path / "figures", settings=TextSettings(kinds, 2, 24, [str(other)]))
+    assert not (tmp_path / "figures").exists()
+
+
+def test_checkpoints_of_another_tokenizer_are_refused(tmp_path: Path, tokenizer: Tokenizer, kinds: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "model.pt", tokenizer)
+    foreign = train_bpe(["four five six"], 260, tmp_path / "foreign")
+    assert foreign.vocab_size == tokenizer.vocab_size
+    other = save_checkpoint(tmp_path / "other.pt", foreign, step=5)
+    with pytest.raises(PolygluError, match=f"--over {other}: it was trained with another tokenizer"):
+        analyze_checkpoint(checkpoint, tmp_path / "figures", settings=TextSettings(kinds, 2, 24, [str(other)]))
 
 
 @pytest.mark.usefixtures("coarse")

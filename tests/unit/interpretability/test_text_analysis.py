@@ -51,6 +51,12 @@ def test_two_samples_of_one_kind_do_not_differ() -> None:
     assert sentence.startswith("A difference of routing between the kinds of text is not shown in any layer")
 
 
+def test_kinds_without_any_spread_are_told_as_such() -> None:
+    found = analysis_of(((3, 4), (40, 41)))
+    assert "Documents of one kind do not vary at all in layers 0 and 1, so F is infinite" in kinds_in_words(found)
+    assert to_json(found)["kinds"]["pseudo_f"] == [None, None]
+
+
 def test_each_kind_weighs_the_same_and_examples_are_first_documents() -> None:
     found = analysis_of(((0, 5), (40, 45)))
     shares = torch.stack([layer.document_shares for layer in found.layers])  # [L, n, K]

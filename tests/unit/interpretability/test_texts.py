@@ -55,6 +55,7 @@ def test_own_kinds_are_cut_and_short_ones_left_out(tmp_path: Path) -> None:
         ({}, "has 0 kinds"),
         ({"a.txt": "long enough\n\nlong enough"}, "has 1 kinds"),
         ({"a.txt": "long enough\n\nlong enough", "b.txt": "long enough\n\nno"}, "kind 'b' has 1 documents"),
+        ({"a.jsonl": "", "a.txt": "", "b.txt": ""}, "has a.jsonl and a.txt, two files of one kind; keep one"),
         ({"a.txt": "long enough\n\nlong enough", "b.jsonl": '{"text": 1}\n'}, "b.jsonl, line 1: expected"),
     ],
 )
