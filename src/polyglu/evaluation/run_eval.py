@@ -23,7 +23,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from lm_eval.evaluator import evaluate
-from rich.console import Console
 
 from polyglu.data.held_out import first_documents
 from polyglu.errors import PolygluError, run_command
@@ -36,7 +35,7 @@ from polyglu.evaluation.tables import published_table, results_table
 from polyglu.evaluation.task_loading import load_tasks
 from polyglu.files import check_writable, write_json
 from polyglu.inference import Inference, open_for_inference
-from polyglu.logs import configure_logging
+from polyglu.logs import configure_logging, console
 from polyglu.model.config import RoutingScope
 
 KEPT_SAMPLES = 5
@@ -301,12 +300,12 @@ def main(
     check_writable(output.parent, "--output folder")
     with stoppable(answers_file(output)):
         results = evaluate_checkpoint(settings, output, fresh)
-    console = Console(stderr=True)
-    console.print(results_table(results))
+    screen = console(stderr=True)
+    screen.print(results_table(results))
     if "published" in results:
-        console.print(published_table(results["published"]))
-    console.print(f"{results['routing_scope']['scope']} scope: {results['routing_scope']['note']}")
-    console.print(f"results: {output}; samples: {samples_folder(output)}")
+        screen.print(published_table(results["published"]))
+    screen.print(f"{results['routing_scope']['scope']} scope: {results['routing_scope']['note']}")
+    screen.print(f"results: {output}; samples: {samples_folder(output)}", soft_wrap=True)
 
 
 if __name__ == "__main__":
