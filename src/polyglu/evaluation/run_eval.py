@@ -229,11 +229,15 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _sources(pairs: Sequence[str]) -> dict[str, Path]:
-    sources = {}
+    sources: dict[str, Path] = {}
     for pair in pairs:
         name, separator, path = pair.partition("=")
         if not (name and separator and path):
             raise PolygluError(f"--perplexity {pair!r} is not of the form NAME=PATH.")
+        if name in sources:
+            raise PolygluError(
+                f"--perplexity has two sources '{name}', {sources[name]} and {path}; give one another name."
+            )
         sources[name] = Path(path)
     return sources
 
