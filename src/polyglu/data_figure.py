@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from polyglu.interpretability.plotting import GREY, GRID, SERIES_COLOURS, titled_figure
+from polyglu.interpretability.plotting import GREY, GRID, SERIES_COLOURS, literal, titled_figure
 
 LINES, HATCHES = ("-", "--", ":", "-."), ("", "///", "...", "xxx")
 """For sources beyond the number of colours."""
@@ -50,7 +50,7 @@ def _draw_lengths(panel: Any, report: Mapping[str, Any], key: str) -> None:
     for index, (name, numbers) in enumerate(report["sources"].items()):
         counts = np.array(numbers["histogram"][key])
         line = {"color": SERIES_COLOURS[index % 4], "linestyle": LINES[index // 4 % 4], "linewidth": 1.6}
-        panel.stairs(counts / max(1, counts.sum()), report["length_edges"], label=name, **line)
+        panel.stairs(counts / max(1, counts.sum()), report["length_edges"], label=literal(name), **line)
     panel.axvline(
         report["seq_length"], color=GREY, linestyle="--", linewidth=1, label=f"window, {report['seq_length']:,} tokens"
     )
@@ -68,7 +68,7 @@ def _draw_sizes(panel: Any, sources: Mapping[str, Any]) -> None:
     for index, bar in enumerate(bars):
         bar.set(**_fill(index))
     panel.bar_label(bars, [_short(count) for count in tokens], padding=4, color=GREY)
-    panel.set_yticks(range(len(sources)), list(sources))
+    panel.set_yticks(range(len(sources)), [literal(name) for name in sources])
     room = max(3, len(sources)) / 2  # one source alone is a bar, not a wall
     panel.set_ylim(len(sources) / 2 - 0.5 + room, len(sources) / 2 - 0.5 - room)
     panel.set(title="size", xlabel="tokens", xlim=(0, 1.18 * max(tokens)))

@@ -41,6 +41,7 @@ from polyglu.data.verify import byte_progress
 from polyglu.data_page import data_page, data_picture, tables
 from polyglu.errors import PolygluError, run_command
 from polyglu.files import check_writable, write_atomically, write_json, write_text
+from polyglu.logs import console
 from polyglu.page import Table as PageTable
 from polyglu.page import as_cell, render
 
@@ -163,19 +164,19 @@ def _add_samples(
         numbers["samples"], numbers["no_samples"] = [], f"{error} Name its tokenizer with --tokenizer."
 
 
-def _show(console: Console, report: Mapping[str, Any]) -> None:
+def _show(screen: Console, report: Mapping[str, Any]) -> None:
     for name, numbers in report["sources"].items():
         for sample in numbers.get("samples", []):
-            console.print(sample_panel(Sample(**sample), name))
+            screen.print(sample_panel(Sample(**sample), name))
         if "no_samples" in numbers:
-            console.print(Text(f"{name}: no samples: {numbers['no_samples']}"))
+            screen.print(Text(f"{name}: no samples: {numbers['no_samples']}"))
     for table in tables(report):
-        console.print(_console_table(table))
+        screen.print(_console_table(table))
     for name, numbers in report["sources"].items():
         if numbers["bad_records"]:
-            console.print(Text(f"{name}: bad records: {in_words(numbers['bad_records'])}"))
+            screen.print(Text(f"{name}: bad records: {in_words(numbers['bad_records'])}"))
     for name, reason in report["left_out"].items():
-        console.print(Text(f"{name} is left out: {reason}"))
+        screen.print(Text(f"{name} is left out: {reason}"))
 
 
 def main(
@@ -201,9 +202,9 @@ def main(
     picture = data_picture(report)
     write_atomically(place / "report.png", lambda file: file.write(picture.png))
     write_text(place / "report.html", render(data_page(report, picture)))
-    console = Console()
-    _show(console, report)
-    console.print(Text(f"written: {', '.join(str(place / f'report.{kind}') for kind in ('json', 'png', 'html'))}"))
+    screen = console()
+    _show(screen, report)
+    screen.print(Text(f"written: {', '.join(str(place / f'report.{kind}') for kind in ('json', 'png', 'html'))}"))
 
 
 if __name__ == "__main__":

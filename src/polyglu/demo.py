@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from polyglu.config_file import read_yaml
@@ -27,7 +26,7 @@ from polyglu.data.embedded_tokens import SOURCES, tokenize_embedded
 from polyglu.errors import PolygluError, run_command
 from polyglu.files import read_json, read_rows, sha256, write_json, write_text
 from polyglu.interpretability import FIGURES, STATS_FILE
-from polyglu.logs import configure_logging
+from polyglu.logs import configure_logging, console
 
 logger = logging.getLogger(__name__)
 
@@ -110,8 +109,8 @@ def run_demo(paths: DemoPaths) -> None:
         stage.run()
         state[stage.name] = {"inputs": inputs, "seconds": round(time.monotonic() - started, 1)}
         write_json(state_file, state)
-    Console().print(summary_table(summary(paths, state)))
-    Console().print(f"report: {paths.root / 'report.html'}", soft_wrap=True)
+    console().print(summary_table(summary(paths, state)))
+    console().print(f"report: {paths.root / 'report.html'}", soft_wrap=True)
 
 
 def make_stages(paths: DemoPaths) -> list[Stage]:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -27,6 +26,7 @@ from polyglu.eval_comparison_figure import draw
 from polyglu.evaluation.samples import samples_folder
 from polyglu.files import check_writable, read_json, write_atomically, write_json
 from polyglu.interpretability.plotting import to_png
+from polyglu.logs import console
 
 Row = dict[str, Any]
 Values = dict[tuple[str, int], tuple[str, float]]
@@ -254,13 +254,13 @@ def main(
     write_json(output / "comparison.json", {**sides, "rows": rows, "notes": notes})
     figure = draw(rows, sides, notes)
     write_atomically(output / "comparison.png", lambda file: file.write(to_png(figure)))
-    console = Console()
+    screen = console()
     for side, found in sides.items():
-        console.print(Text(f"{side.upper()}: {found['path']}, step {found['step']} ({found['file']})"))
-    console.print(comparison_table(rows))
+        screen.print(Text(f"{side.upper()}: {found['path']}, step {found['step']} ({found['file']})"))
+    screen.print(comparison_table(rows))
     for note in notes:
-        console.print(Text(note))
-    console.print(Text(f"written: {output / 'comparison.json'}, {output / 'comparison.png'}"))
+        screen.print(Text(note))
+    screen.print(Text(f"written: {output / 'comparison.json'}, {output / 'comparison.png'}"))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from polyglu.interpretability.plotting import GREY, GRID, MARKERS, SERIES_COLOURS, titled_figure
+from polyglu.interpretability.plotting import GREY, GRID, MARKERS, SERIES_COLOURS, literal, titled_figure
 
 NORMAL_95 = 1.96
 """Standard errors from a mean to the end of its 95% interval."""
@@ -56,10 +56,11 @@ def _draw_scores(
             [found["value"] for _, found in known],
             [place + 0.24 * index - 0.12 for place, _ in known],
             xerr=[NORMAL_95 * (found["stderr"] or 0.0) for _, found in known],
-            label=f"{side.upper()}: {sides[side]['path']}, step {sides[side]['step']}",
+            label=literal(f"{side.upper()}: {sides[side]['path']}, step {sides[side]['step']}"),
             color=SERIES_COLOURS[index], marker=MARKERS[index], markersize=5, linestyle="none", capsize=2,
         )  # fmt: skip
-    panel.set_yticks(range(len(rows)), [f"{row['name']}  {row['metric'].removesuffix(',none')}" for row in rows])
+    names = [literal(f"{row['name']}  {row['metric'].removesuffix(',none')}") for row in rows]
+    panel.set_yticks(range(len(rows)), names)
     panel.set_ylim(max(1, len(rows)) - 0.5, -0.5)
     held_out = bool(rows) and "," not in rows[0]["metric"]
     panel.set(title=title, xlabel="lower is better" if held_out else "share of the samples")

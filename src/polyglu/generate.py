@@ -9,18 +9,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 
 from polyglu.continuation import Meter, Sampling, check_lengths, continue_texts, deviation_told, full_told
 from polyglu.data.chat import encode_prompt
 from polyglu.data.tokenizer import is_text
 from polyglu.errors import PolygluError, run_command
 from polyglu.inference import Inference, open_for_inference
-from polyglu.logs import configure_logging
+from polyglu.logs import configure_logging, console
 from polyglu.model.generation import Routing
 from polyglu.routing_view import coloured, routed_layer, shares, token_weights
 
@@ -177,15 +176,10 @@ def show(opened: Inference, prompt: Sequence[int], sampling: Sampling, layer: in
     read = [*prompt, *new][: opened.model.config.seq_length]
     weights = token_weights(opened.model, read, opened.tau, layer)[len(prompt) :]
     with named_stdout():
-        console(sys.stdout).print(coloured(opened.tokenizer, new, weights, sampling.stop), soft_wrap=True)
-    console(sys.stderr).print(shares(weights, layer))
+        console().print(coloured(opened.tokenizer, new, weights, sampling.stop), soft_wrap=True)
+    console(stderr=True).print(shares(weights, layer))
     say(meter.told())
     return [new]
-
-
-def console(file: TextIO) -> Console:
-    """Colours where ``file`` is a terminal and NO_COLOR is not set."""
-    return Console(file=file, highlight=False, markup=False, emoji=False)
 
 
 def put(text: str) -> None:

@@ -4,6 +4,9 @@ import logging
 import sys
 import warnings
 
+from rich.console import Console
+from rich.progress import Progress, ProgressColumn, TextColumn
+
 
 def configure_logging(rank: int = 0) -> None:
     """Set up logging for a command; called once, by the command itself."""
@@ -15,3 +18,16 @@ def configure_logging(rank: int = 0) -> None:
     logging.getLogger("polyglu").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     logging.getLogger("__main__").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(deepspeed|torch|datasets|lm_eval|transformers)\b")
+
+
+def console(stderr: bool = False) -> Console:
+    """Where a command shows its results; colours where that is a terminal and NO_COLOR is not set.
+
+    Texts stand as they are: a name may hold ``[/]`` or ``:x:``, which rich would read as markup.
+    """
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
+def progress(*columns: ProgressColumn) -> Progress:
+    """Bar on stderr: a task's description as it is, then ``columns``."""
+    return Progress(TextColumn("{task.description}", markup=False), *columns, console=console(stderr=True))

@@ -185,3 +185,17 @@ def test_the_picture_shows_every_source_with_units(tmp_path: Path, count: int) -
         first["windows"]["cutting_share"], first["windows"]["documents_cut_share"],
         first["repeats"]["documents_share"], first["repeats"]["tokens_share"],
     ]  # fmt: skip
+
+
+def test_names_of_sources_are_shown_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    names = ["[bold]", "$a_{$", "_hidden"]
+    sources = [open_source(write_token_source(tmp_path / name, [5, 6, 0, 7, 0])) for name in names]
+    main(tmp_path, seq_length=4, samples=0, tokenizer=None, output=None)
+    shown = capsys.readouterr().out
+    assert all(f"│ {name} " in shown for name in names)
+    figure = draw(build_report(sources, [scan_documents(source) for source in sources], 4))
+    labels = [text.get_text().replace("\\$", "$").strip() for text in figure.subfigs[0].legends[0].get_texts()]
+    assert set(names) < set(labels)

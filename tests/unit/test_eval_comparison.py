@@ -209,3 +209,15 @@ def test_something_else_is_refused_and_nothing_written(tmp_path: Path) -> None:
     outcome = CliRunner().invoke(app, [str(good), str(good), "--output", str(tmp_path / "out")])
     assert "x.jsonl, line 1, is not a sample" in str(outcome.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    name = "x[/x] [bold]$a_{$"
+    scores = {name: [0.0, 1.0]}
+    a, b = evaluation(scores), evaluation(scores)
+    a["checkpoint"]["path"] = b["checkpoint"]["path"] = "[/m] $m_{$.pt"
+    places = [write(tmp_path / f"{side}.json", found, None) for side, found in (("a", a), ("b", b))]
+    outcome = CliRunner().invoke(app, [*map(str, places), "--output", str(tmp_path / "o[/x]")], env={"COLUMNS": "200"})
+    assert outcome.exit_code == 0, outcome.exception
+    assert name in outcome.output and "A: [/m] $m_{$.pt, step 5" in outcome.output
+    assert (tmp_path / "o[/x]/comparison.png").exists()

@@ -110,6 +110,15 @@ def test_files_and_functions_stay_readable() -> None:
                 assert lines <= 60, f"{path}: {node.name} has {lines} lines"
 
 
+def test_consoles_and_bars_show_texts_as_they_are() -> None:
+    bare = {"Console", "TextColumn"}  # without markup=False they read names as markup; logs.py makes the consoles
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in bare:
+                fixed = all(isinstance(one, ast.Constant) and "task.description" not in one.value for one in node.args)
+                assert path.name == "logs.py" or (node.func.id == "TextColumn" and fixed), f"{path}: {node.func.id}"
+
+
 def test_src_is_an_alias_and_no_class_exists_twice() -> None:
     code = """
 import src.model.config, src.model.model, src.training.train

@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from polyglu.compare.statistics import digits
-from polyglu.interpretability.plotting import GREY, GRID, SERIES_COLOURS, titled_figure
+from polyglu.interpretability.plotting import GREY, GRID, SERIES_COLOURS, literal, titled_figure
 from polyglu.interpretability.plotting_pages import Point
 
 LINES = ("-", "--", ":", "-.")
@@ -35,12 +35,12 @@ def draw_curves(results: Mapping[str, Any]) -> tuple[Any, list[Point]]:
         shown, both = (_shown(row[key], row["steps"]) for key in ("curve", "curve_difference"))
         colour = SERIES_COLOURS[index % len(SERIES_COLOURS)]
         style = {"color": colour, "linestyle": LINES[index // len(SERIES_COLOURS) % len(LINES)], "linewidth": 1.5}
-        upper.plot([step for step, _ in shown], [mean for _, mean in shown], label=row["name"], **style)
+        upper.plot([step for step, _ in shown], [mean for _, mean in shown], label=literal(row["name"]), **style)
         step, mean = shown[-1]
         points.append(Point(upper, step, mean, f"{row['name']}: {mean:.4f} at step {step:,}"))
         lower.plot([step for step, _ in both], _smooth([value for _, value in both]), **style)
     upper.set(ylabel="nats per token")
-    lower.set(xlabel="step", ylabel=f"minus {results['reference']}")
+    lower.set(xlabel="step", ylabel=literal(f"minus {results['reference']}"))
     for panel in (upper, lower):
         panel.grid(color=GRID)
     handles, labels = upper.get_legend_handles_labels()
@@ -81,7 +81,7 @@ def draw_differences(results: Mapping[str, Any]) -> tuple[Any, list[Point]]:
         panel.plot(found["mean"], place, "o", color=SERIES_COLOURS[0], markerfacecolor=fill, markersize=7)
         points.append(Point(panel, found["mean"], place, f"{row['name']}: {signed(found)}"))
     panel.axvline(0, color=GREY, linestyle="--", linewidth=1)
-    panel.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    panel.set_yticks(range(len(rows)), [literal(row["name"]) for row in rows])
     panel.set(xlabel="nats per token", ylim=(len(rows) - 0.4, -0.6))
     panel.grid(axis="x", color=GRID)
     return figure, points

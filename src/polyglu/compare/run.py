@@ -17,7 +17,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 
 from polyglu.compare.budget import (
     CALIBRATION_LOGS,
@@ -38,7 +37,7 @@ from polyglu.data.chunks import open_source
 from polyglu.data.embedded_tokens import make_embedded_data
 from polyglu.errors import Interrupted, PolygluError, run_command
 from polyglu.files import exclusive, plain, read_json, write_json
-from polyglu.logs import configure_logging
+from polyglu.logs import configure_logging, console
 from polyglu.training.signals import stop_on_signals
 from polyglu.training.train import open_sources
 
@@ -62,11 +61,11 @@ def main(
         results = compare(loaded, folder, pick_devices(devices))
     except Interrupted as interrupted:
         raise Interrupted(f"{interrupted} Go on with: {again}") from None
-    console = Console()
-    console.print(console_table(results))
+    screen = console()
+    screen.print(console_table(results))
     for sentence in (results["verdict"], *results["leak_sentences"]):
-        console.print(sentence, soft_wrap=True, highlight=False)
-    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+        screen.print(sentence, soft_wrap=True)
+    screen.print(f"report: {folder / 'report.html'}", soft_wrap=True)
 
 
 def compare(suite: Suite, output: Path, devices: list[str | None], start: Start = start_process) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Documents to measure a model on: a ``.jsonl`` file of texts, or a folder of token chunks."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -8,11 +7,23 @@ from typing import NamedTuple
 import numpy as np
 
 from polyglu.data.chunks import open_source
+from polyglu.data.data_file import local_file
+from polyglu.data.documents import sort_out
+from polyglu.data.quarantine import EMPTY, LONE_SURROGATE, NOT_JSON, NOT_TEXT, NOT_UTF8, TOO_LONG
+from polyglu.data.readers import LINE_BYTES, read_blocks
 from polyglu.data.tokenizer import Tokenizer
 from polyglu.errors import PolygluError
 
 READ_TOKENS = 65536
 """Tokens read from a chunk at a time."""
+FOUND = {
+    NOT_JSON: "something else",
+    NOT_TEXT: "none",
+    NOT_UTF8: "bytes that are not UTF-8",
+    LONE_SURROGATE: "half of a surrogate pair",
+    TOO_LONG: "too long a line",
+}
+"""Kind of a bad record -> what stands in its line, for a sentence."""
 
 
 class Document(NamedTuple):
@@ -42,20 +53,25 @@ def first_documents(source: Path, tokenizer: Tokenizer, max_tokens: int) -> list
 
 
 def read_texts(source: Path) -> Iterator[str]:
-    """The ``text`` of each line of a ``.jsonl`` file.
+    """The ``text`` of each line of a ``.jsonl`` file, read as for training; blank ones are passed over.
 
     Raises:
-        PolygluError: a line that has none.
+        PolygluError: another kind of file, or a line that has no text: in training that is left out, here every
+            document counts.
     """
-    with open(source, encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                text = json.loads(line)["text"]
-                text.encode()
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                message = f"{source}, line {number}: expected a JSON object whose 'text' is a string."
-                raise PolygluError(message) from None
-            yield text
+    file = local_file(source)
+    if file.kind != ".jsonl":
+        raise PolygluError(f"{source} is no .jsonl file; give one with a 'text' in each line.")
+    for block in read_blocks([file], "text", {"file": 0, "row_group": 0, "row": 0}, LINE_BYTES):
+        batch = sort_out(block)
+        bad = next((record for record in batch.bad if record.kind != EMPTY), None)
+        before = None if bad is None else int(np.searchsorted(batch.row_of, bad.row))
+        yield from batch.texts[:before].to_pylist()
+        if bad is not None:
+            raise PolygluError(
+                f"{source}, line {batch.positions[bad.row, 2] + 1}: expected a JSON object whose 'text' is a string, "
+                f"found {FOUND[bad.kind]}; mend or remove it."
+            )
 
 
 def _documents(source: Path, tokenizer: Tokenizer) -> Iterator[Document]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -18,6 +17,7 @@ from polyglu.data.statistics import Integers, Sample, length_statistics, scan_do
 from polyglu.data.tokenizer import load_tokenizer
 from polyglu.data.verify import require_intact
 from polyglu.errors import PolygluError, run_command
+from polyglu.logs import console
 
 
 def main(
@@ -36,11 +36,11 @@ def main(
             f"tokenizer {loaded.name} is not the one that {folder} was made with; pass it with --tokenizer."
         )
     lengths = scan_documents(source).lengths
-    console = Console()
-    console.print(_overview(source, lengths))
-    console.print(_chunk_table(source))
+    screen = console()
+    screen.print(_overview(source, lengths))
+    screen.print(_chunk_table(source))
     for sample in take_samples(source, loaded, lengths, documents):
-        console.print(sample_panel(sample))
+        screen.print(sample_panel(sample))
 
 
 def _overview(source: TokenSource, lengths: Integers) -> Table:

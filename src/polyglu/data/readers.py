@@ -33,6 +33,7 @@ BLOCK_BYTES = 8 << 20
 """Bytes of lines parsed together."""
 LINE_BYTES = 64 << 20
 """A longer line is not parsed, unless ``max_document_bytes`` asks for more."""
+RENAME = "rename the one that holds the text, or set text_field."
 NEWLINE, RETURN, OPEN, CLOSE = b"\n\r{}"
 
 Integers = npt.NDArray[np.int64]
@@ -119,7 +120,7 @@ def _batch_rows(group: Any, field: str) -> int:
 
 def _check_column(schema: pa.Schema, field: str, path: str) -> None:
     if field not in schema.names:
-        raise PolygluError(f"{path} has no field '{field}'; its fields are {', '.join(schema.names)}: set text_field.")
+        raise PolygluError(f"{path} has no field '{field}'; its fields are {', '.join(schema.names)}: {RENAME}")
     kind = schema.field(field).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
@@ -237,7 +238,7 @@ def _check_first(lines: bytes | int, field: str, path: str) -> None:
     except (ValueError, RecursionError):
         return
     if isinstance(row, dict) and field not in row:
-        raise PolygluError(f"{path} has no field '{field}'; its fields are {', '.join(row)}: set text_field.")
+        raise PolygluError(f"{path} has no field '{field}'; its fields are {', '.join(row)}: {RENAME}")
 
 
 def _text_file(file: DataFile, index: int, max_bytes: int) -> RowBlock:

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from polyglu.data.hub import dataset_files, resolve_revision
 from polyglu.data.rows import Row, file_rows
 from polyglu.data.tokenizer import Tokenizer, is_text
 from polyglu.errors import PolygluError
+from polyglu.logs import console
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def load_conversations(
     counts: Counter[str] = Counter(used=0, tools=0, malformed=0, too_long=0)
     tokens: list[npt.NDArray[np.uint32]] = []
     learned: list[npt.NDArray[np.bool_]] = []
-    with Progress(console=Console(stderr=True)) as progress:
+    with Progress(console=console(stderr=True)) as progress:
         task = progress.add_task("read conversations", total=max_conversations)
         while (batch := list(islice(stream, BATCH_ROWS))) and counts["used"] != max_conversations:
             usable = list(_usable(batch, counts))

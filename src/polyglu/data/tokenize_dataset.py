@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from polyglu.config_file import load_config, validate
@@ -32,7 +31,7 @@ from polyglu.data.sources import Shard, SourcesConfig, TextSource, describe, par
 from polyglu.data.tokenizer import Tokenizer, load_tokenizer
 from polyglu.errors import PolygluError, run_command
 from polyglu.files import exclusive
-from polyglu.logs import configure_logging
+from polyglu.logs import configure_logging, progress
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +169,7 @@ def _check_same_settings(folder: Path, recorded: dict[str, Any], wanted: dict[st
 def _progress() -> Progress:
     counts = (TextColumn("{task.completed:,} tokens"), TextColumn("{task.fields[rate]}"))
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    return Progress(TextColumn("{task.description}"), BarColumn(), *counts, *times, console=Console(stderr=True))
+    return progress(BarColumn(), *counts, *times)
 
 
 def main(

@@ -18,13 +18,13 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from polyglu.data.chunks import TOKEN
 from polyglu.data.manifest import MANIFEST, QUARANTINE, chunk_name, is_as_written, read_manifest
 from polyglu.errors import PolygluError, run_command
 from polyglu.files import TEMPORARY_SUFFIX
+from polyglu.logs import progress
 
 BLOCK_TOKENS = 1 << 18
 """Tokens read at a time; they stay in the cache between hash and count."""
@@ -121,7 +121,7 @@ def require_intact(folder: Path) -> Verification:
 def byte_progress() -> Progress:
     """Make a progress bar on stderr for work that is counted in bytes."""
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("left"), TimeRemainingColumn())
-    return Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True))
+    return progress(*columns)
 
 
 def _without_manifest(text: str) -> Verification:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from polyglu import logs
 
 LINE_SECONDS = 30.0
 """Between two lines of the log."""
@@ -26,13 +27,11 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     Returns:
         A function that is told how much more is done.
     """
-    console = Console(stderr=True)
     if not total:
         yield lambda _more: None
-    elif console.is_terminal:
+    elif logs.console(stderr=True).is_terminal:
         times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times)
-        with Progress(*columns, console=console) as bar:
+        with logs.progress(BarColumn(), MofNCompleteColumn(), *times) as bar:
             task = bar.add_task(description, total=total)
             yield lambda more: bar.advance(task, more)
     else:

@@ -23,7 +23,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from lm_eval.evaluator import evaluate
-from rich.console import Console
 
 from polyglu.data.held_out import first_documents
 from polyglu.errors import PolygluError, run_command
@@ -36,7 +35,7 @@ from polyglu.evaluation.tables import published_table, results_table
 from polyglu.evaluation.task_loading import load_tasks
 from polyglu.files import check_writable, write_json
 from polyglu.inference import Inference, open_for_inference
-from polyglu.logs import configure_logging
+from polyglu.logs import configure_logging, console
 from polyglu.model.config import RoutingScope
 
 KEPT_SAMPLES = 5
@@ -230,11 +229,15 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _sources(pairs: Sequence[str]) -> dict[str, Path]:
-    sources = {}
+    sources: dict[str, Path] = {}
     for pair in pairs:
         name, separator, path = pair.partition("=")
         if not (name and separator and path):
             raise PolygluError(f"--perplexity {pair!r} is not of the form NAME=PATH.")
+        if name in sources:
+            raise PolygluError(
+                f"--perplexity has two sources '{name}', {sources[name]} and {path}; give one another name."
+            )
         sources[name] = Path(path)
     return sources
 
@@ -301,12 +304,12 @@ def main(
     check_writable(output.parent, "--output folder")
     with stoppable(answers_file(output)):
         results = evaluate_checkpoint(settings, output, fresh)
-    console = Console(stderr=True)
-    console.print(results_table(results))
+    screen = console(stderr=True)
+    screen.print(results_table(results))
     if "published" in results:
-        console.print(published_table(results["published"]))
-    console.print(f"{results['routing_scope']['scope']} scope: {results['routing_scope']['note']}")
-    console.print(f"results: {output}; samples: {samples_folder(output)}")
+        screen.print(published_table(results["published"]))
+    screen.print(f"{results['routing_scope']['scope']} scope: {results['routing_scope']['note']}")
+    screen.print(f"results: {output}; samples: {samples_folder(output)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ import torch
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
+from polyglu.errors import PolygluError
 from polyglu.evaluation.answers import Answers, Asker, Question
 from polyglu.evaluation.progress import progress
 from polyglu.model.architecture import PolychromaticLM
-from polyglu.model.generation import MAX_TOKENS
+from polyglu.model.generation import MAX_TOKENS, NOT_FINITE
 from polyglu.model.prefix_tree import PrefixTree, shares_prefixes, tree_batches
 
 HEAD_POSITIONS = 1024
@@ -100,6 +101,9 @@ def score(
         max_rows: distinct inputs of one pass; as many as ``max_tokens`` allows if absent.
         max_tokens: tokens of one pass, what is shared counted once.
         answers: where answers are taken from and kept, batch by batch.
+
+    Raises:
+        PolygluError: logits are not finite.
     """
     answers = answers or Answers()
     questions = [request.question for request in requests]
@@ -136,6 +140,8 @@ def _score_batch(model: PolychromaticLM, batch: Batch, requests: Sequence[Reques
     places = torch.cat([path[len(path) - len(wanted) :] for path, wanted in zip(nodes, targets, strict=True)])
     flat = torch.tensor([token for wanted in targets for token in wanted], dtype=torch.int64)
     log_probs, hits = _score_places(model, features, places, flat)
+    if not log_probs.isfinite().all():
+        raise PolygluError(NOT_FINITE)
     lengths = [len(wanted) for wanted in targets]
     parts = zip(torch.split(log_probs, lengths), torch.split(hits, lengths), strict=True)
     return [Score(float(log_prob.sum()), bool(hit.all())) for log_prob, hit in parts]

@@ -170,7 +170,7 @@ def dynamic_routing_comparison(kinds: Sequence[str], prompt_logits: Tensor, shar
             style = _line_style(index, n_layers)
             values = prompt_logits[index, :, :, k]  # [P, L]
             mean, deviation = values.mean(0), values.std(0, correction=0)
-            upper.plot(layers, mean.numpy(), label=kind, **style)
+            upper.plot(layers, mean.numpy(), label=literal(kind), **style)
             low, high = (mean - deviation).numpy(), (mean + deviation).numpy()
             upper.vlines(layers, low, high, color=SERIES_COLOURS[index], alpha=0.25, linewidth=style["markersize"])
             lower.plot(layers, shares[index, :, k].numpy(), **style)
@@ -205,7 +205,7 @@ def routing_shift_summary(sensitivity: Tensor, shifts: Mapping[str, Tensor], bas
     left.bar(range(n_layers), sensitivity.numpy(), color=SERIES_COLOURS[3])
     left.set(title="gate sensitivity", ylabel="standard deviation of the router's\nlogits over prompts (logit units)")
     for index, (pair, values) in enumerate(shifts.items()):
-        right.plot(range(n_layers), values.numpy(), label=pair, **_line_style(index, n_layers))
+        right.plot(range(n_layers), values.numpy(), label=literal(pair), **_line_style(index, n_layers))
     style = {**_line_style(0, n_layers), "color": GREY, "marker": "x", "linestyle": "--"}
     right.plot(range(n_layers), baseline.numpy(), label="within one kind", **style)
     right.set(title="shift between kinds of input", ylabel="routing weight that changes activation")
@@ -239,11 +239,16 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title:
     return figure
 
 
+def literal(text: str) -> str:
+    """A name as matplotlib shows it: its ``$`` begin no formula, and no ``_`` at its start hides it from the legend."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
 def titled_figure(title: str, width: float, height: float, caption: str) -> tuple[Figure, Any]:
     """Make a figure with its title and caption, and the part between them for legend and panels. Sizes in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
-    lines = [textwrap.fill(line, int(width * 14)) for line in caption.splitlines()]
+    lines = [textwrap.fill(literal(line), int(width * 14)) for line in caption.splitlines()]
     figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=9, color=GREY)
     return figure, figure.subfigures(1, 1)
 

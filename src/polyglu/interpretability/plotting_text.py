@@ -23,6 +23,7 @@ from polyglu.interpretability.plotting import (
     entropy_range,
     figure_legend,
     layer_axis,
+    literal,
     stacked_bars,
     titled_figure,
 )
@@ -163,8 +164,9 @@ def routing_kinds(
         value = pairs[row, column].item()
         text = f"{value:.0%}" if pair_p[row, column] <= SIGNIFICANT else f"({value:.0%})"
         right.text(column, row, text, ha="center", va="center", color="white" if value > 0.5 else "#222222")
-    right.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
-    right.set_yticks(range(len(kinds)), kinds)
+    names = [literal(kind) for kind in kinds]
+    right.set_xticks(range(len(kinds)), names, rotation=30, ha="right")
+    right.set_yticks(range(len(kinds)), names)
     right.set(title="pair by pair, over all layers\n(in brackets: difference not shown)")
     told = [
         f"layer {layer}: {_told(effect, layer, '.1%')}, corrected p = {p:.2g}"

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -20,7 +19,7 @@ from polyglu.inference import Inference, open_for_inference
 from polyglu.interpretability.ablation import interventions, mean_weights, measure, passes
 from polyglu.interpretability.ablation_report import ablation_page, draw, signed, summary
 from polyglu.interpretability.neurotransmitter_maps import stack_alpha
-from polyglu.logs import configure_logging
+from polyglu.logs import configure_logging, console
 from polyglu.page import render
 
 PNG, JSON, HTML = "ablation.png", "ablation.json", "ablation.html"
@@ -58,7 +57,7 @@ def ablate_checkpoint(
     n_layers = len(stack_alpha(opened.model))
     documents = read_documents(opened, data, max_tokens)
     chosen = interventions(mean_weights(opened.model, [document[:-1] for document in documents], opened.tau))
-    with Progress(console=Console(stderr=True)) as progress:
+    with Progress(console=console(stderr=True)) as progress:
         task = progress.add_task("ablation", total=passes(documents, len(chosen), n_layers, by_layer))
         losses = measure(opened.model, documents, opened.tau, chosen, by_layer, lambda: progress.advance(task))
     found = {
@@ -108,11 +107,11 @@ def main(
     )
     for entry in found["interventions"]:
         table.add_row(entry["label"], signed(entry["all_layers"]["change"]), f"{entry['all_layers']['p_holm']:.2g}")
-    console = Console(stderr=True)
-    console.print(table)
+    screen = console(stderr=True)
+    screen.print(table)
     for sentence in found["sentences"]:
-        console.print(sentence)
-    console.print(f"{JSON}, {PNG} and {HTML} are in {output}", soft_wrap=True)
+        screen.print(sentence)
+    screen.print(f"{JSON}, {PNG} and {HTML} are in {output}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
@@ -41,7 +40,7 @@ from polyglu.interpretability.neurotransmitter_maps import (
 from polyglu.interpretability.routing_entropy import entropy_stats
 from polyglu.interpretability.text_report import report_on_texts
 from polyglu.interpretability.texts import Texts, embedded_texts, read_kinds
-from polyglu.logs import configure_logging
+from polyglu.logs import configure_logging, console
 from polyglu.model.activations import ACTIVATIONS
 from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.routing import entropy
@@ -139,7 +138,7 @@ def analyze(model: PolychromaticLM, tokenizer: Encoder, tau: float) -> Analysis:
     alpha = stack_alpha(model)
     static_entropy = entropy(alpha.softmax(-1))
     layers = analyze_layers(model, tokenizer, alpha, tau)
-    routing = collect(list(track(layers, "routing", total=len(alpha), console=Console(stderr=True))))
+    routing = collect(list(track(layers, "routing", total=len(alpha), console=console(stderr=True))))
     entropies = {"static": static_entropy, "dynamic": routing.entropy, "effective": routing.effective_entropy}
     static = (alpha / tau).softmax(-1)
     return Analysis(static, routing.weights.mean((0, 1)), entropies, routing, static_preference(alpha, tau))
@@ -229,14 +228,14 @@ def main(
     for name, row in rows.items():
         values = (f"{row['aggregate_mean']:.4f}", f"{row['aggregate_std']:.4f}", f"{row['normalized_mean']:.1%}")
         table.add_row(name, *values)
-    console = Console(stderr=True)
-    console.print(table)
+    screen = console(stderr=True)
+    screen.print(table)
     if guide_only:
-        console.print(f"six figures and {STATS_FILE} are in {output}")
+        screen.print(f"six figures and {STATS_FILE} are in {output}")
         return
     for sentence in stats["text_routing"]["sentences"]:
-        console.print(sentence)
-    console.print(f"figures, numbers and {PAGE_FILE} are in {output}", soft_wrap=True)
+        screen.print(sentence)
+    screen.print(f"figures, numbers and {PAGE_FILE} are in {output}", soft_wrap=True)
 
 
 def _rows(shares: Tensor, names: list[str]) -> list[dict[str, float]]:

@@ -120,7 +120,10 @@ def read_kinds(folder: Path, tokenizer: Encoder, documents: int, length: int) ->
 def _read(path: Path) -> Iterator[str]:
     if path.suffix == ".jsonl":
         return read_texts(path)
-    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # without a byte order mark
+    except UnicodeDecodeError as error:
+        raise PolygluError(f"{path} is not UTF-8 text ({error}); save it as UTF-8.") from None
     return (part for part in re.split(r"\n\s*\n", text) if part.strip())
 
 

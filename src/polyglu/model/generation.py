@@ -21,6 +21,7 @@ from polyglu.model.cache import Cache, slots_within
 from polyglu.model.packing import groups_of_tokens, pack_rows
 from polyglu.model.prefix_tree import shares_prefixes
 
+NOT_FINITE = "the model's logits are not finite; take an earlier checkpoint, or fp32 in place of bf16."
 MAX_TOKENS = 16384
 """Tokens of one forward pass, which bounds its memory."""
 CACHE_BYTES = 2 * 2**30
@@ -283,7 +284,7 @@ def choose_tokens(
     """
     largest, tokens = logits.max(-1)  # NaN, if there is one
     if not largest.isfinite().all():
-        raise PolygluError("the model's logits are not finite; take an earlier checkpoint, or fp32 in place of bf16.")
+        raise PolygluError(NOT_FINITE)
     if temperature == 0:
         return tokens.tolist()
     kept = min(top_k, logits.shape[-1]) or logits.shape[-1]

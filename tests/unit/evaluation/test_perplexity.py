@@ -93,6 +93,21 @@ def test_bad_files_are_named(opened: Inference, tmp_path: Path, content: str, sa
         measure(opened, source)
 
 
+def test_lines_are_read_as_those_of_training_data(opened: Inference, run: Any, tmp_path: Path) -> None:
+    plain = write_texts(tmp_path / "texts.jsonl", list(run.texts))
+    odd = tmp_path / "odd.jsonl"
+    odd.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes().replace(b"\n", b"\r\n\n  \n") + b'{"text": " \\n"}\n')
+    assert measure(opened, odd) == measure(opened, plain)
+    odd.write_bytes(plain.read_bytes() + b'\n{"text": "\xff"}\n')
+    with pytest.raises(PolygluError, match=f"odd.jsonl, line {len(run.texts) + 2}: .* not UTF-8; mend or remove it."):
+        measure(opened, odd)
+    tokens = len(opened.tokenizer.encode(run.texts[0]))
+    assert measure(opened, odd, max_tokens=tokens)["documents"] == 1  # what is not wanted is not looked at
+    plain.rename(tmp_path / "texts.txt")
+    with pytest.raises(PolygluError, match="texts.txt is no .jsonl file"):
+        measure(opened, tmp_path / "texts.txt")
+
+
 def test_missing_source_and_chunks_of_another_tokenizer(opened: Inference, tmp_path: Path) -> None:
     with pytest.raises(PolygluError, match="nowhere.jsonl does not exist"):
         measure(opened, tmp_path / "nowhere.jsonl")

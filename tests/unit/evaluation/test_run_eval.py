@@ -206,6 +206,13 @@ def test_bad_arguments_are_found_before_any_work(run: Any, tmp_path: Path, argum
     assert not list(tmp_path.iterdir())
 
 
+def test_two_sources_of_one_name_are_refused(run: Any, tmp_path: Path) -> None:
+    held = f"{run.data}/held.jsonl"
+    line = f"--checkpoint {run.checkpoint} --output {tmp_path}/eval.json --perplexity a={held} --perplexity a={held}"
+    outcome = CliRunner().invoke(app, line.split())
+    assert "has two sources 'a'" in str(outcome.exception) and not list(tmp_path.iterdir())
+
+
 def test_nothing_is_left_outside(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = Path(datasets.config.HF_DATASETS_CACHE)
     before = set(cache.rglob("*.arrow"))

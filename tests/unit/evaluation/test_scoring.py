@@ -1,5 +1,6 @@
 """Scores equal those of single requests without a cache, for each kind of model and any batch; and what is shared."""
 
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ import pytest
 import torch
 from models import sharp_model
 
+from polyglu.errors import PolygluError
 from polyglu.evaluation import scoring
 from polyglu.evaluation.answers import Answers, Question
 from polyglu.evaluation.scoring import Request, Score, score
@@ -87,6 +89,15 @@ def test_choices_of_one_token_share_their_pass_in_every_scope(kind: str) -> None
     with tokens_run(model) as passes:
         scores = score(model, [Request((5, 6, 7), (choice,)) for choice in range(4)], TAU, description="test")
     assert passes == [3] and len({found.log_likelihood for found in scores}) == 4
+
+
+@pytest.mark.parametrize("broken", [math.inf, -math.inf, math.nan])
+def test_logits_that_are_not_finite_are_refused_and_not_kept(broken: float) -> None:
+    model, answers = sharp_model(seq_length=48, routing_scope="causal"), Noted()
+    model.norm.weight.data[0] = broken
+    with pytest.raises(PolygluError, match="logits are not finite"):
+        score(model, [Request((5, 6, 7), (1,))], TAU, description="test", answers=answers)
+    assert not answers.rows
 
 
 class Noted(Answers):

@@ -70,3 +70,15 @@ def test_png_is_an_image() -> None:
     figure = plotting.curves({"loss": ([1, 2, 3], [3.0, 2.0, 1.5]), "other": ([1], [2.0])}, "Loss", "nats")
     image = imread(io.BytesIO(plotting.to_png(figure)))
     assert image.shape[:2] == (480, 780)
+
+
+@pytest.mark.parametrize("name", ["a $b", "$x^{$", "\\$1 and $\\frac$", "_hidden", "$a$ $b$"])
+def test_names_are_no_formulas_and_stay_in_the_legend(name: str) -> None:
+    figure, body = plotting.titled_figure("t", 6, 4, name)
+    panel = body.subplots()
+    panel.plot([1, 2], label=plotting.literal(name))
+    panel.set_yticks([1], [plotting.literal(name)])
+    plotting.figure_legend(body, panel)
+    assert plotting.to_png(figure).startswith(b"\x89PNG")
+    shown = [*body.legends[0].get_texts(), *panel.get_yticklabels()]
+    assert [text._preprocess_math(text.get_text()) for text in shown] == [(name.replace("_", " _"), False)] * 2

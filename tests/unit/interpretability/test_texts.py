@@ -66,6 +66,15 @@ def test_bad_folders_are_refused(tmp_path: Path, files: dict[str, str], sentence
         read_kinds(tmp_path, TOKENIZER, 5, 8)
 
 
+def test_encoding_of_a_text_file_is_told_and_its_byte_order_mark_no_text(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_bytes("\ufefflong enough\n\nlong enough".encode())
+    assert bytes(read_kinds(tmp_path, TOKENIZER, 5, 8).tokens[0].tolist()) == b"long eno"
+    (tmp_path / "b.txt").write_bytes(b"long enough\n\nlong \xff enough")
+    with pytest.raises(PolygluError, match="b.txt is not UTF-8 text"):
+        read_kinds(tmp_path, TOKENIZER, 5, 8)
+
+
 def test_no_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PolygluError, match="is not a folder"):
         read_kinds(tmp_path / "none", TOKENIZER, 5, 8)
