@@ -142,18 +142,19 @@ def test_ranks_of_deepspeed_take_turns_with_the_plain_engine() -> None:
 
 @pytest.mark.parametrize("loss_of", [published_cpu_loss, published_gpu_loss])
 def test_published_operations_give_the_published_numbers(loss_of: Callable[..., torch.Tensor]) -> None:
+    """In fp64: in fp32 a gate of -1e-7 is rounded to the other side of ReLU's kink on some processors."""
     fixture = Path(__file__).parents[1] / "fixtures/reference_model"
     expected = load_file(fixture / "expected.safetensors")
     tau = json.loads((fixture / "expected.json").read_text())["tau"]
-    model = load_checkpoint(fixture / "portable.pt")[0]
+    model = load_checkpoint(fixture / "portable.pt")[0].double()
     rows, columns = expected["input_ids"].shape
     bounds = torch.arange(0, rows * columns + 1, columns, dtype=torch.int32)
     batch = MicroBatch(expected["input_ids"], expected["targets"], bounds, torch.arange(rows))
-    loss = loss_of(model, batch, tau, expected["gumbel_noise"])
+    loss = loss_of(model, batch, tau, expected["gumbel_noise"].double())
     loss.backward()
-    torch.testing.assert_close(loss.detach().view(1), expected["with_noise.loss"].view(1))
+    torch.testing.assert_close(loss.detach().float().view(1), expected["with_noise.loss"].view(1))
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     for key, gradient in expected.items():
         if key.startswith("with_noise.grad."):
             ours = gradients[published_name(key.removeprefix("with_noise.grad."))]
-            torch.testing.assert_close(ours, gradient, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(ours, gradient.double(), rtol=1e-4, atol=1e-6)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -29,19 +30,40 @@ def model() -> PolychromaticLM:
     return load_checkpoint(FIXTURE / "portable.pt")[0]
 
 
-@pytest.mark.parametrize("mode", ["noise_free", "with_noise"])
-def test_outputs_and_gradients(model: PolychromaticLM, mode: str) -> None:
-    noise = TENSORS["gumbel_noise"] if mode == "with_noise" else None
+class Pass(NamedTuple):
+    logits: torch.Tensor
+    loss: torch.Tensor
+    gradients: dict[str, torch.Tensor | None]
+    positive: torch.Tensor
+    """Which gates are, of all layers: ReLU's gradient is another on the other side."""
+
+
+def run(mode: str, dtype: torch.dtype) -> Pass:
+    model, positive = load_checkpoint(FIXTURE / "portable.pt")[0].to(dtype), list[torch.Tensor]()
+    for layer in model.layers:
+        layer.mlp.gate_proj.register_forward_hook(lambda module, inputs, gate: positive.append(gate > 0))
+    noise = TENSORS["gumbel_noise"].to(dtype) if mode == "with_noise" else None
     logits = model(TENSORS["input_ids"], tau=EXPECTED["tau"], gumbel=noise)
     loss = F.cross_entropy(logits.flatten(0, 1), TENSORS["targets"].flatten())
     loss.backward()
-    assert relative_error(logits, TENSORS[f"{mode}.logits"]) < 1e-5
-    assert relative_error(loss, TENSORS[f"{mode}.loss"]) < 1e-5
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return Pass(logits, loss, {name: weight.grad for name, weight in model.named_parameters()}, torch.stack(positive))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mode", ["noise_free", "with_noise"])
+def test_outputs_and_gradients(mode: str, dtype: torch.dtype) -> None:
+    """In fp32 one gate, -1e-7, comes out positive on some processors: ReLU's gradient is then another there."""
+    found, exact = run(mode, dtype), run(mode, torch.float64)
+    assert relative_error(found.logits, TENSORS[f"{mode}.logits"]) < 1e-5
+    assert relative_error(found.loss, TENSORS[f"{mode}.loss"]) < 1e-5
     published = [key for key in TENSORS if key.startswith(f"{mode}.grad.")]
     assert len(published) >= 25
+    flipped = int((found.positive != exact.positive).sum())
+    assert flipped == 0 or (dtype == torch.float32 and flipped == 1)
     for key in published:
-        assert relative_error(gradients[published_name(key.removeprefix(f"{mode}.grad."))], TENSORS[key]) < 1e-5, key
+        gradient = found.gradients[published_name(key.removeprefix(f"{mode}.grad."))]
+        assert gradient is not None
+        assert relative_error(gradient, TENSORS[key]) < (1e-4 if flipped else 1e-5), key
 
 
 @pytest.mark.parametrize("file", ["portable.pt", "model.safetensors", ""])
