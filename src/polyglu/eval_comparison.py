@@ -23,8 +23,9 @@ from rich.text import Text
 from polyglu.errors import PolygluError, run_command
 from polyglu.estimates import Estimate, estimate, ratio_estimate
 from polyglu.eval_comparison_figure import draw
+from polyglu.evaluation.results import read_results
 from polyglu.evaluation.samples import samples_folder
-from polyglu.files import check_writable, read_json, write_atomically, write_json
+from polyglu.files import check_writable, write_atomically, write_json
 from polyglu.interpretability.plotting import to_png
 from polyglu.logs import console
 
@@ -123,8 +124,8 @@ def _samples(folder: Path, name: str, result: Mapping[str, Any], metric: str) ->
                     if not isinstance(value, int | float):
                         return None
                     document = json.dumps(sample["doc"], sort_keys=True)
-                    values[task, sample["doc_id"]] = document, float(value)
-            except (ValueError, KeyError, TypeError) as error:
+                    values[task, int(sample["doc_id"])] = document, float(value)
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 raise PolygluError(
                     f"{path}, line {number}, is not a sample of an evaluation ({error}); evaluate again, or remove it."
                 ) from None
@@ -225,26 +226,13 @@ def _with_error(value: float, stderr: float | None, sign: str = "") -> str:
     return f"{value:{sign}.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
 
 
-def read_evaluation(path: Path) -> dict[str, Any]:
-    """Read the results file of an evaluation.
-
-    Raises:
-        PolygluError: missing, or something else.
-    """
-    found = read_json(path)
-    parts = ("settings", "versions", "checkpoint", "results", "perplexity")
-    if not isinstance(found, dict) or not all(isinstance(found.get(part), dict) for part in parts):
-        raise PolygluError(f"{path} is not the results file of an evaluation; make it with polyglu eval --output.")
-    return found
-
-
 def main(
     a: Annotated[Path, typer.Argument(metavar="A.json", help="Results of an evaluation.")],
     b: Annotated[Path, typer.Argument(metavar="B.json", help="Results to compare with them.")],
     output: Annotated[Path, typer.Option(help="Folder for comparison.json and comparison.png.")],
 ) -> None:
     """Compare two evaluations: scores, differences and standard errors; a table, JSON and a figure."""
-    ours, theirs = read_evaluation(a), read_evaluation(b)
+    ours, theirs = read_results(a), read_results(b)
     check_writable(output, "--output")
     rows = compare(ours, theirs, samples_folder(a), samples_folder(b))
     notes = noted(ours, theirs)

@@ -46,7 +46,7 @@ def evaluation(scores: dict[str, list[float]], **settings: Any) -> dict[str, Any
     return {
         "settings": {"limit": None, "apply_chat_template": False, **settings},
         "versions": {"lm_eval": "0.4.13"},
-        "checkpoint": {"path": "model.pt", "step": 5},
+        "checkpoint": {"path": "model.pt", "sha256": "0", "step": 5},
         "results": results,
         "perplexity": {},
     }
@@ -205,9 +205,13 @@ def test_something_else_is_refused_and_nothing_written(tmp_path: Path) -> None:
     for other, said in (("b.json", "is not the results file of an evaluation"), ("c.json", "does not exist")):
         outcome = CliRunner().invoke(app, [str(good), str(tmp_path / other), "--output", str(tmp_path / "out")])
         assert isinstance(outcome.exception, PolygluError) and said in str(outcome.exception)
-    (samples_folder(good) / "x.jsonl").write_text("{}\n")
-    outcome = CliRunner().invoke(app, [str(good), str(good), "--output", str(tmp_path / "out")])
-    assert "x.jsonl, line 1, is not a sample" in str(outcome.exception)
+    sample = '{"doc_id": %s, "doc": 0, "filter": "none", "metrics": {"acc": %s}}\n'
+    for line in ("{}\n", sample % ('"a"', 0), sample % ("0", "1" * 400), "[" * 100_000 + "\n"):
+        (samples_folder(good) / "x.jsonl").write_text(line)
+        outcome = CliRunner().invoke(app, [str(good), str(good), "--output", str(tmp_path / "out")])
+        assert isinstance(outcome.exception, PolygluError)
+        assert "x.jsonl, line 1, is not a sample" in str(outcome.exception)
+    assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out").exists()
 
 
