@@ -59,9 +59,15 @@ def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float]) -
     return _interval(ratio, math.sqrt(n / (n - 1) * float(((x - ratio * y) ** 2).sum())) / float(y.sum()), n)
 
 
-def t_quantile(freedom: int, confidence: float = LEVEL) -> float:
-    """Half the width, in standard errors, of Student's two-sided interval."""
+def t_quantile(freedom: float, confidence: float = LEVEL) -> float:
+    """Half the width, in standard errors, of Student's two-sided interval; the normal one's if ``freedom`` is inf."""
     return float(stdtrit(freedom, (1 + confidence) / 2))
+
+
+def welch_freedom(a: float, b: float, n_a: float, n_b: float) -> float:
+    """Degrees of freedom of a difference of two independent means (Welch 1947), from standard errors and units."""
+    each = sum(stderr**4 / (n - 1) for stderr, n in ((a, n_a), (b, n_b)) if stderr)
+    return (a * a + b * b) ** 2 / each if each else math.inf
 
 
 def two_sided_p(t: Any, freedom: int) -> Any:

@@ -21,10 +21,11 @@ from rich.table import Table
 from rich.text import Text
 
 from polyglu.errors import PolygluError, run_command
-from polyglu.estimates import Estimate, estimate, ratio_estimate
+from polyglu.estimates import Estimate, estimate, ratio_estimate, t_quantile, welch_freedom
 from polyglu.eval_comparison_figure import draw
+from polyglu.evaluation.results import read_results
 from polyglu.evaluation.samples import samples_folder
-from polyglu.files import check_writable, read_json, write_atomically, write_json
+from polyglu.files import check_writable, write_atomically, write_json
 from polyglu.interpretability.plotting import to_png
 from polyglu.logs import console
 
@@ -55,9 +56,10 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], a_folder: Path, b_folder
 
     Returns:
         A row for each metric of each task or source that either has: ``name``; ``metric``; ``a`` and ``b``, each
-        ``value``, ``stderr`` and ``n``, or None; ``difference`` and ``difference_stderr``, and if it is paired its 95%
-        interval, ``difference_low`` and ``difference_high``; ``method``: ``paired``, ``unpaired`` or None; ``n_pairs``,
-        what both have; ``higher_is_better``; ``member_of``: the group that holds the task; ``not_comparable``: reasons.
+        ``value``, ``stderr`` and ``n`` with the 95% interval, ``low`` and ``high``, or None; ``difference`` and
+        ``difference_stderr`` with ``difference_low`` and ``difference_high``; ``method``: ``paired``,
+        ``unpaired`` or None; ``n_pairs``, what both have; ``higher_is_better``; ``member_of``: the group that holds
+        the task; ``not_comparable``: reasons.
     """
     rows = []
     groups = {task: name for found in (a, b) for name, one in found["results"].items() for task in one.get("tasks", [])}
@@ -88,7 +90,20 @@ def _score(result: Mapping[str, Any], metric: str) -> Row | None:
     if metric not in result:
         return None
     stderr = result.get("_stderr,".join(metric.split(",", 1)))
-    return {"value": result[metric], "stderr": stderr, "n": result.get("n_samples")}
+    return _one(result[metric], stderr, result.get("n_samples"))
+
+
+def _one(value: float, stderr: float | None, n: int | None) -> Row:
+    """A score with its 95% interval: Student's, or of an unknown number of samples the normal one."""
+    low, high = _ends(value, stderr, (n or math.inf) - 1)
+    return {"value": value, "stderr": stderr, "n": n, "low": low, "high": high}
+
+
+def _ends(value: float, stderr: float | None, freedom: float) -> tuple[float | None, float | None]:
+    if stderr is None or freedom < 1:
+        return None, None
+    half = t_quantile(freedom) * stderr
+    return value - half, value + half
 
 
 def _unlike(name: str, a: Mapping[str, Any], b: Mapping[str, Any], alike: Mapping[str, str]) -> list[str]:
@@ -123,8 +138,8 @@ def _samples(folder: Path, name: str, result: Mapping[str, Any], metric: str) ->
                     if not isinstance(value, int | float):
                         return None
                     document = json.dumps(sample["doc"], sort_keys=True)
-                    values[task, sample["doc_id"]] = document, float(value)
-            except (ValueError, KeyError, TypeError) as error:
+                    values[task, int(sample["doc_id"])] = document, float(value)
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 raise PolygluError(
                     f"{path}, line {number}, is not a sample of an evaluation ({error}); evaluate again, or remove it."
                 ) from None
@@ -158,9 +173,14 @@ def _difference(a: Row | None, b: Row | None, reasons: Sequence[str], paired: Es
         ends = {"difference_low": paired.low, "difference_high": paired.high}
         told = {"difference": paired.mean, "difference_stderr": paired.stderr, "n_pairs": paired.n}
         return found | told | ends | {"method": "paired"}
-    known = a["stderr"] is not None and b["stderr"] is not None
-    stderr = math.hypot(a["stderr"], b["stderr"]) if known else None
-    return found | {"difference": b["value"] - a["value"], "difference_stderr": stderr, "method": "unpaired"}
+    difference = b["value"] - a["value"]
+    found |= {"difference": difference, "method": "unpaired"}
+    if a["low"] is None or b["low"] is None:
+        return found
+    stderr = math.hypot(a["stderr"], b["stderr"])
+    freedom = welch_freedom(a["stderr"], b["stderr"], *(one["n"] or math.inf for one in (a, b)))
+    low, high = _ends(difference, stderr, freedom)
+    return found | {"difference_stderr": stderr, "difference_low": low, "difference_high": high}
 
 
 def _held_out(source: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Row:
@@ -169,8 +189,7 @@ def _held_out(source: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Row:
     both = [found for found in (ours, theirs) if found is not None]
     metric = next((key for key in HELD_OUT if all(key in found for found in both)), HELD_OUT[-1])
     left, right = (
-        found and {"value": found[metric], "stderr": found.get(f"{metric}_stderr"), "n": found["documents"]}
-        for found in (ours, theirs)
+        found and _one(found[metric], found.get(f"{metric}_stderr"), found["documents"]) for found in (ours, theirs)
     )
     reasons = []
     if ours and theirs:
@@ -225,26 +244,13 @@ def _with_error(value: float, stderr: float | None, sign: str = "") -> str:
     return f"{value:{sign}.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
 
 
-def read_evaluation(path: Path) -> dict[str, Any]:
-    """Read the results file of an evaluation.
-
-    Raises:
-        PolygluError: missing, or something else.
-    """
-    found = read_json(path)
-    parts = ("settings", "versions", "checkpoint", "results", "perplexity")
-    if not isinstance(found, dict) or not all(isinstance(found.get(part), dict) for part in parts):
-        raise PolygluError(f"{path} is not the results file of an evaluation; make it with polyglu eval --output.")
-    return found
-
-
 def main(
     a: Annotated[Path, typer.Argument(metavar="A.json", help="Results of an evaluation.")],
     b: Annotated[Path, typer.Argument(metavar="B.json", help="Results to compare with them.")],
     output: Annotated[Path, typer.Option(help="Folder for comparison.json and comparison.png.")],
 ) -> None:
     """Compare two evaluations: scores, differences and standard errors; a table, JSON and a figure."""
-    ours, theirs = read_evaluation(a), read_evaluation(b)
+    ours, theirs = read_results(a), read_results(b)
     check_writable(output, "--output")
     rows = compare(ours, theirs, samples_folder(a), samples_folder(b))
     notes = noted(ours, theirs)

@@ -5,8 +5,6 @@ from typing import Any
 
 from polyglu.interpretability.plotting import GREY, GRID, MARKERS, SERIES_COLOURS, literal, titled_figure
 
-NORMAL_95 = 1.96
-"""Standard errors from a mean to the end of its 95% interval."""
 MOST_ROWS = 60
 """Of a panel; a picture of more is not read."""
 
@@ -25,8 +23,8 @@ def draw(rows: Sequence[Mapping[str, Any]], sides: Mapping[str, Mapping[str, Any
     panels = [(title, found[:MOST_ROWS]) for title, found in (("score", shares), ("held-out text", held_out)) if found]
     left_out = len(rows) - sum(len(found) for _, found in panels)
     caption = [
-        "Bars: 95% intervals (1.96 standard errors). A filled mark on the right is a paired difference, a hollow one "
-        "an unpaired one; none where the two were not measured alike."
+        "Bars: 95% intervals (Student's t). A filled mark on the right is a paired difference, a hollow one an "
+        "unpaired one; none where the two were not measured alike."
     ]
     if left_out:
         caption.append(f"{left_out} rows (tasks inside a group, metrics that are no shares) are in the table only.")
@@ -52,10 +50,11 @@ def _draw_scores(
 ) -> None:
     for index, side in enumerate(("a", "b")):
         known = [(place, row[side]) for place, row in enumerate(rows) if row[side] is not None]
+        reach = [_reach(found["value"], found["low"], found["high"]) for _, found in known]
         panel.errorbar(
             [found["value"] for _, found in known],
             [place + 0.24 * index - 0.12 for place, _ in known],
-            xerr=[NORMAL_95 * (found["stderr"] or 0.0) for _, found in known],
+            xerr=[*zip(*reach, strict=True)] or None,
             label=literal(f"{side.upper()}: {sides[side]['path']}, step {sides[side]['step']}"),
             color=SERIES_COLOURS[index], marker=MARKERS[index], markersize=5, linestyle="none", capsize=2,
         )  # fmt: skip
@@ -71,18 +70,24 @@ def _draw_scores(
     panel.set_axisbelow(True)
 
 
+def _reach(value: float, low: float | None, high: float | None) -> tuple[float, float]:
+    """Lengths of an error bar; none without an interval."""
+    return (0.0, 0.0) if low is None or high is None else (value - low, high - value)
+
+
 def _draw_differences(panel: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     panel.axvline(0, color=GREY, linewidth=1)
     for place, row in enumerate(rows):
         if row["difference"] is None:
             continue
-        stderr = NORMAL_95 * (row["difference_stderr"] or 0.0)
+        reach = _reach(row["difference"], row["difference_low"], row["difference_high"])
         fill = SERIES_COLOURS[3] if row["method"] == "paired" else "white"
         panel.errorbar(
-            [row["difference"]], [place], xerr=[stderr], color=SERIES_COLOURS[3], marker="D", markersize=5,
-            markerfacecolor=fill, linestyle="none", capsize=2,
+            [row["difference"]], [place], xerr=[[end] for end in reach], color=SERIES_COLOURS[3], marker="D",
+            markersize=5, markerfacecolor=fill, linestyle="none", capsize=2,
         )  # fmt: skip
-    reach = max((abs(r["difference"]) + 2.2 * (r["difference_stderr"] or 0.0) for r in rows if r["method"]), default=0)
-    panel.set(title="difference, B - A", xlim=(-1.1 * reach or -1, 1.1 * reach or 1))
+    ends = [row[key] for row in rows for key in ("difference", "difference_low", "difference_high")]
+    limit = 1.1 * max((abs(end) for end in ends if end is not None), default=0.0) or 1.0
+    panel.set(title="difference, B - A", xlim=(-limit, limit))
     panel.grid(axis="x", color=GRID)
     panel.set_axisbelow(True)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
-from polyglu.estimates import Estimate, estimate, ratio_estimate
+from polyglu.estimates import Estimate, estimate, ratio_estimate, t_quantile, welch_freedom
 
 PAIRS = st.lists(st.tuples(st.floats(-100, 100), st.floats(1, 50)), min_size=2, max_size=20)
 
@@ -41,3 +42,12 @@ def test_a_mean_is_student_s() -> None:
     assert found.mean == 3.0 and found.stderr == pytest.approx(error)
     assert found.high == pytest.approx(3 + 3.1824463 * error)  # t of 3 degrees of freedom, from tables
     assert ratio_estimate([4.0], [2.0]) == Estimate(2.0, None, None, 1)
+
+
+def test_degrees_of_freedom_of_a_difference_are_those_of_scipy() -> None:
+    a, b = [1.0, 2.0, 4.0, 7.0], [3.0, 3.5, 9.0, 1.0, 2.0, 12.0]
+    errors = [estimate(values).stderr for values in (a, b)]
+    found = welch_freedom(errors[0] or 0, errors[1] or 0, len(a), len(b))
+    assert found == pytest.approx(stats.ttest_ind(a, b, equal_var=False).df)
+    assert welch_freedom(0.0, 0.2, 5, math.inf) == math.inf and welch_freedom(0.0, 0.0, 5, 5) == math.inf
+    assert t_quantile(math.inf) == pytest.approx(1.959964) and t_quantile(3) == pytest.approx(3.182446)

@@ -13,6 +13,7 @@ from polyglu import eval_comparison
 from polyglu.errors import PolygluError
 from polyglu.estimates import ratio_estimate
 from polyglu.eval_comparison import compare, comparison_table, noted
+from polyglu.eval_comparison_figure import draw
 from polyglu.evaluation.samples import samples_folder
 
 A = {"x": [0, 1, 1, 0], "y": [1, 0]}
@@ -46,7 +47,7 @@ def evaluation(scores: dict[str, list[float]], **settings: Any) -> dict[str, Any
     return {
         "settings": {"limit": None, "apply_chat_template": False, **settings},
         "versions": {"lm_eval": "0.4.13"},
-        "checkpoint": {"path": "model.pt", "step": 5},
+        "checkpoint": {"path": "model.pt", "sha256": "0", "step": 5},
         "results": results,
         "perplexity": {},
     }
@@ -205,10 +206,33 @@ def test_something_else_is_refused_and_nothing_written(tmp_path: Path) -> None:
     for other, said in (("b.json", "is not the results file of an evaluation"), ("c.json", "does not exist")):
         outcome = CliRunner().invoke(app, [str(good), str(tmp_path / other), "--output", str(tmp_path / "out")])
         assert isinstance(outcome.exception, PolygluError) and said in str(outcome.exception)
-    (samples_folder(good) / "x.jsonl").write_text("{}\n")
-    outcome = CliRunner().invoke(app, [str(good), str(good), "--output", str(tmp_path / "out")])
-    assert "x.jsonl, line 1, is not a sample" in str(outcome.exception)
+    sample = '{"doc_id": %s, "doc": 0, "filter": "none", "metrics": {"acc": %s}}\n'
+    for line in ("{}\n", sample % ('"a"', 0), sample % ("0", "1" * 400), "[" * 100_000 + "\n"):
+        (samples_folder(good) / "x.jsonl").write_text(line)
+        outcome = CliRunner().invoke(app, [str(good), str(good), "--output", str(tmp_path / "out")])
+        assert isinstance(outcome.exception, PolygluError)
+        assert "x.jsonl, line 1, is not a sample" in str(outcome.exception)
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_intervals_are_student_s_in_the_rows_and_in_the_picture(tmp_path: Path) -> None:
+    a, b = evaluation(A), evaluation(B)
+    rows = compare(a, b, tmp_path, tmp_path)  # without samples: unpaired
+    one = next(row for row in rows if row["name"] == "x")
+    error = 3.182446 * stderr(A["x"])
+    assert (one["a"]["low"], one["a"]["high"]) == pytest.approx((0.5 - error, 0.5 + error))
+    error = 2.446912 * math.hypot(stderr(A["x"]), stderr([0.0, 1.0, 0.0, 1.0]))
+    same = compare(a, a, tmp_path, tmp_path)[1]
+    assert (same["difference_low"], same["difference_high"]) == pytest.approx((-error, error), rel=1e-5)
+    group = rows[0]
+    assert group["a"]["high"] - group["a"]["value"] == pytest.approx(0.1959964)  # its number of samples is not told
+    left, right = draw([one | {"member_of": None}], {"a": a["checkpoint"], "b": b["checkpoint"]}, []).subfigs[0].axes
+    for panel, low, high in (
+        (left, one["a"]["low"], one["a"]["high"]), (right, one["difference_low"], one["difference_high"]),
+    ):  # fmt: skip
+        (bar,) = panel.containers[0].lines[2][0].get_segments()
+        assert (bar[0][0], bar[1][0]) == pytest.approx((low, high))
 
 
 def test_names_are_shown_as_they_are(tmp_path: Path) -> None:

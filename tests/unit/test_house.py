@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "routing_view": {"model", "data"},
     "generate": {"model", "data", "inference", "continuation", "routing_view"},
     "chat": {"model", "data", "inference", "continuation", "generate"},
-    "export": {"model", "data", "inference"},
+    "export": {"model", "data", "inference", "evaluation"},
     "training": {"model", "data"},
     "sft": {"model", "data", "training"},
     "evaluation": {"model", "data", "inference"},

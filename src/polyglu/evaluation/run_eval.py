@@ -9,6 +9,7 @@
 | ``pretrain_eval.json`` | the results | at the end |
 """
 
+import math
 import platform
 import tempfile
 import time
@@ -225,7 +226,8 @@ def _run_tasks(
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a task, under the harness's keys (``exact_match,strict-match``, ``exact_match_stderr,...``)."""
-    return {key: float(value) for key, value in values.items() if "," in key and isinstance(value, int | float)}
+    numbers = {key: float(value) for key, value in values.items() if "," in key and isinstance(value, int | float)}
+    return {key: value for key, value in numbers.items() if math.isfinite(value)}
 
 
 def _sources(pairs: Sequence[str]) -> dict[str, Path]:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from polyglu.config_file import load_config
 from polyglu.data.manifest import read_manifest
 from polyglu.errors import PolygluError
-from polyglu.files import read_json, read_rows
+from polyglu.evaluation.results import read_results
+from polyglu.files import read_rows
 from polyglu.model.config import RoutingScope, SFTConfig, SourceConfig, TrainConfig
 from polyglu.model.model import Checkpoint, describe_shape
 
@@ -68,19 +69,16 @@ def read_run(folder: Path, checkpoint: Checkpoint) -> Run:
     return Run(config, metrics, {name: manifest for name, manifest in manifests.items() if manifest is not None})
 
 
-def read_results(file: Path, digest: str) -> Mapping[str, Any]:
-    """Read the results of an evaluation.
+def read_scores(file: Path, digest: str) -> Mapping[str, Any]:
+    """Read the results of an evaluation of the checkpoint with this SHA-256.
 
     Raises:
         PolygluError: no such results, or those of another checkpoint.
     """
-    results = read_json(file)
-    evaluated = results.get("checkpoint") if isinstance(results, dict) else None
-    if not isinstance(evaluated, dict) or not isinstance(results.get("results"), dict):
-        raise PolygluError(f"--results {file} is no results file; give one that polyglu eval has written.")
-    if evaluated.get("sha256") != digest:
-        raise PolygluError(f"--results {file} has the scores of another checkpoint ({evaluated.get('path')}).")
-    return results  # type: ignore[no-any-return]
+    results = read_results(file)
+    if results["checkpoint"]["sha256"] != digest:
+        raise PolygluError(f"--results {file} has the scores of another checkpoint ({results['checkpoint']['path']}).")
+    return results
 
 
 def model_card(
@@ -198,7 +196,7 @@ def _scores(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
                 if variant and not metric.endswith("_stderr"):
                     error = metrics.get(f"{metric}_stderr,{variant}")
                     rows.append((task, key, f"{value:.4f}", "" if error is None else f"{error:.4f}"))
-        for source, values in evaluation.get("perplexity", {}).items():
+        for source, values in evaluation["perplexity"].items():
             rows.append((source, "perplexity", f"{values['perplexity']:.4f}", ""))
     return rows
 

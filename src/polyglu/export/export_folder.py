@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from polyglu.data.tokenizer import Tokenizer
 from polyglu.errors import PolygluError, run_command
-from polyglu.export.card import model_card, read_results, read_run
+from polyglu.export.card import model_card, read_run, read_scores
 from polyglu.export.configuration_polychromatic import PolychromaticConfig
 from polyglu.export.modeling_polychromatic import PolychromaticForCausalLM
 from polyglu.files import check_writable, exclusive, flush, sha256, write_text
@@ -88,7 +88,7 @@ def export(
     check_shapes(checkpoint.weights, checkpoint.config, source)
     text, digest = open_tokenizer(source, checkpoint, tokenizer), weights_digest(source)
     settings = [read_run(run, checkpoint) for run in runs]
-    scores = [read_results(file, digest) for file in results]
+    scores = [read_scores(file, digest) for file in results]
     pictures = sorted(figures.glob("*.png")) if figures else []
     if figures and not pictures:
         raise PolygluError(f"--figures {figures} has no .png files; give a folder that polyglu analyze has written.")

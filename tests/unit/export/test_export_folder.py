@@ -124,9 +124,11 @@ def test_the_card_says_what_is_known(exported: Exported, tmp_path: Path) -> None
     rows = [{"step": step, "train/loss": 12 / step, "train/tokens_per_sec": 1000.0 * step} for step in (1, 2, 3)]
     append_rows(tmp_path / "pretrain/metrics.jsonl", [*rows, {"step": 1500, "train/loss": None}])
     results = {
-        "checkpoint": {"path": "x.pt", "sha256": sha256(checkpoint)},
-        "results": {"gsm8k": {"exact_match,strict": 0.25, "exact_match_stderr,strict": 0.01, "n_samples": 4.0}},
-        "perplexity": {"math": {"perplexity": 3.5}},
+        "settings": {},
+        "versions": {},
+        "checkpoint": {"path": "x.pt", "sha256": sha256(checkpoint), "step": 11},
+        "results": {"gsm8k": {"exact_match,strict": 0.25, "exact_match_stderr,strict": 0.01, "n_samples": 4}},
+        "perplexity": {"math": {"perplexity": 3.5, "nats_per_token": 1.25276, "documents": 2, "tokens": 9}},
     }
     write_json(tmp_path / "scores.json", results)
     arguments = ["--run", tmp_path / "pretrain", "--run", tmp_path / "sft", "--results", tmp_path / "scores.json"]
@@ -143,14 +145,14 @@ def test_the_card_says_what_is_known(exported: Exported, tmp_path: Path) -> None
     ):  # fmt: skip
         assert line in card
     assert (tmp_path / "new/figures/entropy_per_layer.png").read_bytes() == b"png"
-    other = results | {"checkpoint": {"path": "other.pt", "sha256": "0"}}
+    other = results | {"checkpoint": {"path": "other.pt", "sha256": "0", "step": 11}}
     write_json(tmp_path / "other.json", other)
     write_json(tmp_path / "none.json", [])
     wrong = TrainConfig(model=described.config.model_copy(update={"d_ff": 99}))
     save_config(wrong, tmp_path / "sft/config.yaml")
     for option, value, sentence in (
         ("--results", tmp_path / "other.json", r"other.json has the scores of another checkpoint (other.pt)."),
-        ("--results", tmp_path / "none.json", "none.json is no results file"),
+        ("--results", tmp_path / "none.json", "none.json is not the results file of an evaluation"),
         ("--run", tmp_path, "has no config.yaml"),
         ("--run", tmp_path / "sft", "trained a model of another shape"),
         ("--figures", tmp_path / "sft", "has no .png files"),
