@@ -51,6 +51,9 @@ SCOPE_NOTES: dict[RoutingScope, str] = {
     "document": _SEES_AHEAD.format("document"),
     "sequence": _SEES_AHEAD.format("input"),
 }
+NOT_ROUTED_NOTE = (
+    "what is read decides nothing between activations: log-likelihoods and perplexities are those of a language model."
+)
 
 
 @dataclass(frozen=True)
@@ -165,8 +168,12 @@ def _described(settings: EvalSettings, opened: Inference, device: str) -> dict[s
             "tau": opened.tau,
             "tokenizer": opened.tokenizer.name,
         },
-        "routing_scope": {"scope": opened.routing_scope, "note": SCOPE_NOTES[opened.routing_scope]},
+        "routing_scope": {"scope": opened.routing_scope, "note": _scope_note(opened)},
     }
+
+
+def _scope_note(opened: Inference) -> str:
+    return SCOPE_NOTES[opened.routing_scope] if opened.model.config.routed_by_text else NOT_ROUTED_NOTE
 
 
 def _published(

@@ -1,14 +1,16 @@
 """Model card of an exported folder. It says what is known of a checkpoint and its run, and leaves out the rest."""
 
 import json
+import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
-from polyglu.config_file import load_config
-from polyglu.data.manifest import read_manifest
+from polyglu.config_file import load_config, read_yaml
+from polyglu.data.manifest import MANIFEST, read_manifest
 from polyglu.errors import PolygluError
 from polyglu.evaluation.results import read_results
 from polyglu.files import read_rows
@@ -24,6 +26,9 @@ SCOPES: dict[RoutingScope, str] = {
     "the training loss and log-likelihoods are not those of a language model. Here a text is a row of its own. "
     "Decoding is exact, and runs the whole text for each token.",
 }
+NOT_ROUTED = "What is read decides nothing between activations: log-likelihoods are those of a language model."
+MOST_FILES = 3
+"""Names of a source's files that the card tells."""
 USAGE = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,34 +44,51 @@ Training by transformers is deterministic: it adds no Gumbel noise and keeps the
 on either side if `attention_mask` says so; they must not be packed."""
 
 
+logger = logging.getLogger(__name__)
+
+
 class Run(NamedTuple):
     """What a training has left."""
 
     config: TrainConfig | SFTConfig
     metrics: Sequence[Mapping[str, Any]] = ()
     """Rows of its ``metrics.jsonl``."""
-    manifests: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
-    """Source -> manifest of its tokens, where they still are."""
+    manifests: Mapping[str, Mapping[str, Any] | None] = MappingProxyType({})
+    """Source -> manifest of its tokens, where they still are; None: it is damaged."""
+
+    def until(self, step: int) -> "Run":
+        """This run as if it had ended after ``step``."""
+        return self._replace(metrics=[row for row in self.metrics if row["step"] <= step])
 
 
 def read_run(folder: Path, checkpoint: Checkpoint) -> Run:
     """Read what a run has left in its ``run_dir``, and the manifests of its data if they are where it had them.
 
     Raises:
-        PolygluError: no run, one of a model of another shape, or a manifest that is none.
+        PolygluError: no run, or one of a model of another shape.
     """
     file = folder / "config.yaml"
     if not file.is_file():
         raise PolygluError(f"--run {folder} has no config.yaml; give the run_dir of a training.")
-    is_training = any(line.startswith("model:") for line in file.read_text(encoding="utf-8").splitlines())
-    metrics = [row for row in read_rows(folder / "metrics.jsonl") if isinstance(row, dict) and "step" in row]
-    if not is_training:
+    rows = read_rows(folder / "metrics.jsonl")
+    metrics = [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
+    if "model" not in read_yaml(file):
         return Run(load_config(SFTConfig, file), metrics)
     config = load_config(TrainConfig, file)
     if describe_shape(config.model) != describe_shape(checkpoint.config):
         raise PolygluError(f"--run {folder} trained a model of another shape; give the run of this checkpoint.")
-    manifests = {name: read_manifest(Path(source.path)) for name, source in config.data.sources.items()}
-    return Run(config, metrics, {name: manifest for name, manifest in manifests.items() if manifest is not None})
+    places = {name: Path(source.path) for name, source in config.data.sources.items()}
+    there = {name: place for name, place in places.items() if (place / MANIFEST).is_file()}
+    return Run(config, metrics, {name: _manifest(place) for name, place in there.items()})
+
+
+def _manifest(folder: Path) -> Mapping[str, Any] | None:
+    """Manifest of a source; None, and a warning, where it cannot be read: that is no reason not to export."""
+    try:
+        return read_manifest(folder)
+    except PolygluError as error:
+        logger.warning("the model card cannot tell what a source was made of: %s", error)
+        return None
 
 
 def read_scores(file: Path, digest: str) -> Mapping[str, Any]:
@@ -99,13 +121,16 @@ def model_card(
         results: evaluations of it.
         figures: file names, relative to the card.
     """
+    # A run that goes on after the checkpoint says nothing of it; the step is that of the last stage.
+    last = SFTConfig if any(isinstance(run.config, SFTConfig) for run in runs) else TrainConfig
+    runs = [run.until(checkpoint.step) if isinstance(run.config, last) else run for run in runs]
     sections = {
         "Use": USAGE,
         "Model": _table(["", ""], _model_rows(checkpoint)),
         "Training": "\n\n".join(_table(["setting", "value"], _run_rows(run)) for run in runs),
         "Data": "\n\n".join(_data(run) for run in runs),
         "Scores": _table(["task", "metric", "value", "standard error"], _scores(results)),
-        "Figures": "\n\n".join(f"![{Path(file).stem.replace('_', ' ')}]({file})" for file in figures),
+        "Figures": "\n\n".join(f"![{Path(file).stem.replace('_', ' ')}]({quote(file)})" for file in figures),
         "SHA-256": _table(["of", "SHA-256"], list(hashes.items())),
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
@@ -116,9 +141,11 @@ def model_card(
 def _summary(checkpoint: Checkpoint) -> str:
     if checkpoint.config.ffn != "polyglu":
         return f"A decoder-only language model with {checkpoint.config.ffn} feed-forward layers."
+    config = checkpoint.config
+    scope = SCOPES[config.routing_scope] if config.routed_by_text else NOT_ROUTED
     return (
         "A decoder-only language model whose feed-forward neurons choose among activation functions "
-        f"([arXiv 2603.13347](https://arxiv.org/abs/2603.13347)).\n\n{SCOPES[checkpoint.config.routing_scope]}"
+        f"([arXiv 2603.13347](https://arxiv.org/abs/2603.13347)).\n\n{scope}"
     )
 
 
@@ -133,8 +160,9 @@ def _model_rows(checkpoint: Checkpoint) -> list[tuple[str, ...]]:
         "feed-forward": config.ffn,
     }
     if config.ffn == "polyglu":
+        scope = config.routing_scope if config.routed_by_text else "none"
         rows["activations"] = str(config.n_activations)
-        rows["routing scope, temperature"] = f"{config.routing_scope}, {checkpoint.tau:g}"
+        rows["routing scope, temperature"] = f"{scope}, {checkpoint.tau:g}"
     if checkpoint.step:
         rows["training step"] = f"{checkpoint.step:,}"
     if "name" in checkpoint.tokenizer:
@@ -154,13 +182,18 @@ def _run_rows(run: Run) -> list[tuple[str, ...]]:
 def _outcome(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """What came of a run, by its metrics."""
     rows: list[tuple[str, ...]] = []
-    losses = {row["step"]: row["train/loss"] for row in metrics if row.get("train/loss") is not None}
+    losses = _series(metrics, "train/loss")
     if losses:
         (_, first), (step, last) = min(losses.items()), max(losses.items())
         rows.append((f"training loss, first and at step {step:,}", f"{first:.4f}, {last:.4f}"))
-    if speeds := [row["train/tokens_per_sec"] for row in metrics if row.get("train/tokens_per_sec") is not None]:
-        rows.append(("tokens a second, median", f"{statistics.median(speeds):,.0f}"))
+    if speeds := _series(metrics, "train/tokens_per_sec"):
+        rows.append(("tokens a second, median", f"{statistics.median(speeds.values()):,.0f}"))
     return rows
+
+
+def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
+    """Step -> value, where it was logged as a number."""
+    return {row["step"]: row[key] for row in metrics if isinstance(row.get(key), int | float)}
 
 
 def _data(run: Run) -> str:
@@ -176,14 +209,16 @@ def _data(run: Run) -> str:
     return _table(["conversations", ""], rows)
 
 
-def _source(name: str, source: SourceConfig, manifests: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+def _source(name: str, source: SourceConfig, manifests: Mapping[str, Mapping[str, Any] | None]) -> tuple[str, ...]:
     shares = name, f"{source.mix:.0%}", f"{source.mix_end:.0%}"
-    if name not in manifests:
-        return *shares, "", "", "", ""
-    manifest = manifests[name]
+    manifest = manifests.get(name)
+    if manifest is None:
+        return *shares, "", "", "not known: its manifest is damaged" if name in manifests else "", ""
     origin, counts = manifest["source"], [f"{manifest[key]:,}" for key in ("tokens", "documents")]
     called = [str(origin[key]) for key in ("dataset", "config", "split") if origin.get(key)]
-    called = called or [Path(file["path"]).name for file in origin["files"][:3]]
+    if not called:
+        files = [Path(file["path"]).name for file in origin.get("files", [])]
+        called = files[:MOST_FILES] + [f"and {len(files) - MOST_FILES:,} more"] * (len(files) > MOST_FILES)
     return *shares, *counts, " ".join(called), str(origin.get("revision") or "")
 
 
@@ -197,11 +232,18 @@ def _scores(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
                     error = metrics.get(f"{metric}_stderr,{variant}")
                     rows.append((task, key, f"{value:.4f}", "" if error is None else f"{error:.4f}"))
         for source, values in evaluation["perplexity"].items():
-            rows.append((source, "perplexity", f"{values['perplexity']:.4f}", ""))
+            # Of bytes, where they are known: perplexities of other tokenizers are of other tokens.
+            key = "bits_per_byte" if values.get("bits_per_byte") is not None else "perplexity"
+            error = values.get(f"{key}_stderr")
+            rows.append((source, key.replace("_", " "), f"{values[key]:.4f}", "" if error is None else f"{error:.4f}"))
     return rows
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Rows as a table of Markdown; nothing without rows."""
     lines = [titles, ["---"] * len(titles), *rows] if rows else []
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", r"\|")

@@ -81,6 +81,11 @@ class ModelConfig(Section):
     """What computes the routed layers and the loss: ``reference`` reads like the formulas; the others give the same
     numbers, faster (``polyglu.model.kernels``). auto: the fastest that works on the device."""
 
+    @property
+    def routed_by_text(self) -> bool:
+        """Whether what is read decides between activations."""
+        return self.ffn == "polyglu" and self.routing != "static" and self.n_activations > 1
+
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
         if self.n_q_heads % self.n_kv_heads:

@@ -7,7 +7,6 @@ import torch
 
 from polyglu.model.architecture import PolychromaticLM
 from polyglu.model.generation import MAX_TOKENS, Routing, check_prompts, next_token_logits, open_decoder
-from polyglu.model.prefix_tree import routed_by_text
 
 
 class Deviation(NamedTuple):
@@ -26,7 +25,7 @@ class Deviation(NamedTuple):
 def approximates(model: PolychromaticLM, routing: Routing) -> bool:
     """Whether a routing of new tokens is another than the model was trained with."""
     exact = ("exact", "running") if model.config.routing_scope == "causal" else ("exact",)
-    return routed_by_text(model) and routing not in exact
+    return model.config.routed_by_text and routing not in exact
 
 
 @torch.inference_mode()

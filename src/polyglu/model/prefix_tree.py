@@ -30,13 +30,7 @@ Row = tuple[int, ...]
 
 def shares_prefixes(model: PolychromaticLM) -> bool:
     """Whether a token of this model sees nothing after it: its routing is causal, or not decided by the text."""
-    return not routed_by_text(model) or model.config.routing_scope == "causal"
-
-
-def routed_by_text(model: PolychromaticLM) -> bool:
-    """Whether what is read decides between activations."""
-    config = model.config
-    return config.ffn == "polyglu" and config.routing != "static" and config.n_activations > 1
+    return not model.config.routed_by_text or model.config.routing_scope == "causal"
 
 
 def shared_lengths(rows: Sequence[Row]) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Any
 import datasets
 import pytest
 import typer
+from models import sharp_model
 from typer.testing import CliRunner
 
 from polyglu.errors import PolygluError
@@ -14,6 +15,7 @@ from polyglu.evaluation import run_eval, task_loading
 from polyglu.evaluation.run_eval import EvalSettings, evaluate_checkpoint
 from polyglu.evaluation.task_loading import load_tasks
 from polyglu.files import sha256
+from polyglu.inference import Inference
 
 CHOICE_TASK = """
 task: local_choice
@@ -220,3 +222,12 @@ def test_nothing_is_left_outside(run: Any, tmp_path: Path, monkeypatch: pytest.M
     evaluate_checkpoint(settings_for(run, limit=1))
     assert set(cache.rglob("*.arrow")) == before
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "ahead"),
+    [({}, True), ({"routing": "static"}, False), ({"n_activations": 1}, False), ({"ffn": "swiglu"}, False)],
+)
+def test_only_routing_by_the_text_sees_ahead(opened: Inference, settings: dict[str, Any], ahead: bool) -> None:
+    note = run_eval._scope_note(opened._replace(model=sharp_model(**settings), routing_scope="sequence"))
+    assert ("not those of a language" in note) == ahead

@@ -162,6 +162,51 @@ def test_the_card_says_what_is_known(exported: Exported, tmp_path: Path) -> None
         assert not (tmp_path / "refused").exists()
 
 
+def test_the_card_is_of_this_step_and_survives_a_damaged_manifest(exported: Exported, tmp_path: Path) -> None:
+    checkpoint, _ = exported(**CAUSAL)
+    sources = TrainConfig().data.model_dump()["sources"]
+    for name, files in (("math", 5), ("stem", 2), ("code", 0)):
+        sources[name]["path"] = str(tmp_path / name)
+        origin = {"files": [{"path": f"/x/{name}{index}|a.txt"} for index in range(files)]}
+        identity = {"name": "t", "fingerprint": "0", "vocab_size": 9, "eos_id": 8}
+        write_manifest(tmp_path / name, new_manifest(identity, origin, 5000))
+    file = tmp_path / "code/manifest.json"
+    file.write_text(file.read_text().replace("5000", "5001"))
+    run = tmp_path / "run"
+    save_config(TrainConfig(model=read_checkpoint(checkpoint).config, data={"sources": sources}), run / "config.yaml")
+    append_rows(run / "metrics.jsonl", [{"step": step, "train/loss": 12 / step} for step in (1, 10, 11, 12, 300)])
+    append_rows(run / "metrics.jsonl", [{"step": "4", "train/loss": 9.0}, {"step": 3, "train/loss": "low"}, 5])
+    results = {
+        "settings": {}, "versions": {}, "results": {},
+        "checkpoint": {"path": "x.pt", "sha256": sha256(checkpoint), "step": 11},
+        "perplexity": {"held": {
+            "perplexity": 3.5, "nats_per_token": 1.25276, "documents": 2, "tokens": 9, "bytes": 30,
+            "bits_per_byte": 0.5422, "bits_per_byte_stderr": 0.0125,
+        }},
+    }  # fmt: skip
+    write_json(tmp_path / "scores.json", results)
+    code, said = command("export", checkpoint, tmp_path / "new", "--run", run, "--results", tmp_path / "scores.json")
+    assert code == 0, said
+    card = (tmp_path / "new/README.md").read_text()
+    for line in (
+        "| training loss, first and at step 11 | 12.0000, 1.0909 |", "| held | bits per byte | 0.5422 | 0.0125 |",
+        "math0\\|a.txt math1\\|a.txt math2\\|a.txt and 2 more |", "| stem0\\|a.txt stem1\\|a.txt |",
+        "| not known: its manifest is damaged |",
+    ):  # fmt: skip
+        assert line in card
+    assert "perplexity" not in card and "code/manifest.json was changed" in said
+    (run / "config.yaml").write_bytes(b"model: \xff")
+    code, said = command("export", checkpoint, tmp_path / "refused", "--run", run)
+    assert code == 2 and "config.yaml is not UTF-8 text" in said
+
+
+@pytest.mark.parametrize("settings", [{"ffn": "swiglu"}, {"routing": "static"}, {"n_activations": 1}], ids=str)
+def test_without_routing_by_the_text_no_scope_is_told(exported: Exported, settings: dict[str, Any]) -> None:
+    _, folder = exported(**settings)
+    card = (folder / "README.md").read_text()
+    assert "not those of a language model" not in card and "sequence" not in card
+
+
 def test_sequence_scope_is_told_honestly(exported: Exported) -> None:
     _, folder = exported(routing_scope="sequence")
     assert "not those of a language model" in (folder / "README.md").read_text().replace("\n", " ")
