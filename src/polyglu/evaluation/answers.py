@@ -58,15 +58,9 @@ def identity(opened: Inference, chat: bool) -> dict[str, Any]:
 
 @contextmanager
 def stoppable(kept: Path) -> Iterator[None]:
-    """Let SIGTERM stop the work where it is, as Ctrl-C does: every answer so far is in the file ``kept``.
+    """Let SIGTERM stop the work where it is, as Ctrl-C does: every answer so far is in the file ``kept``."""
 
-    Processes that the harness forks meanwhile, and ends by SIGTERM, just end.
-    """
-    owner = os.getpid()
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        if os.getpid() != owner:
-            os._exit(128 + number)
+    def stop(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)

@@ -10,6 +10,7 @@
 """
 
 import math
+import os
 import platform
 import tempfile
 import time
@@ -200,6 +201,9 @@ def _run_tasks(
     tasks: dict[str, Any], opened: Inference, settings: EvalSettings, answers: Answers
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[dict[str, Any]]]]:
     """Metrics and the samples of each task, as the harness logs them."""
+    # Else standard errors are bootstrapped in forked processes, which may wait forever: they share the locks of this
+    # process's threads and its handler of SIGTERM, by which they are ended.
+    os.environ["DISABLE_MULTIPROC"] = "1"
     chat = settings.apply_chat_template
     model = HarnessModel(
         opened.model,

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +7,6 @@ import pytest
 from task_data import MATH, STEM, gsm8k, math, mmlu, write_all, write_rows
 
 from polyglu.errors import PolygluError
-from polyglu.evaluation.answers import stoppable
 from polyglu.evaluation.local_data import needed_columns, split_files
 from polyglu.evaluation.run_eval import EvalSettings, evaluate_checkpoint
 from polyglu.evaluation.suites import SUITES
@@ -66,15 +66,16 @@ def test_a_right_answer_in_another_form_is_right(loaded: dict[str, Any], name: s
 
 
 def test_everything_runs_from_local_files_to_results(
-    run: Any, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    run: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In this process alone: forked ones may wait forever, for locks of its threads or for the signal to end."""
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("a process was forked"))
+    monkeypatch.setenv("DISABLE_MULTIPROC", "")
     settings = EvalSettings(
         run.checkpoint, tasks=GUIDE, suite="paper", data_dir=data, device="cpu", num_fewshot=0,
         perplexity={"math": run.data / "held.jsonl"},
     )  # fmt: skip
-    with stoppable(tmp_path / "eval.answers.jsonl"):
-        found = evaluate_checkpoint(settings, tmp_path / "eval.json")
-    assert "Traceback" not in capfd.readouterr().err  # the harness ends its workers by the signal that stops a run
+    found = evaluate_checkpoint(settings, tmp_path / "eval.json")
     results = found["results"]
     assert {*SUITES["paper"], *GUIDE} <= results.keys()
     assert results["gsm8k"]["num_fewshot"] == 0 and results["gsm8k"]["version"] == "3.0"
