@@ -66,8 +66,9 @@ def t_quantile(freedom: float, confidence: float = LEVEL) -> float:
 
 def welch_freedom(a: float, b: float, n_a: float, n_b: float) -> float:
     """Degrees of freedom of a difference of two independent means (Welch 1947), from standard errors and units."""
-    each = sum(stderr**4 / (n - 1) for stderr, n in ((a, n_a), (b, n_b)) if stderr)
-    return (a * a + b * b) ** 2 / each if each else math.inf
+    both = math.hypot(a, b) or 1.0
+    each = (a / both) ** 4 / (n_a - 1) + (b / both) ** 4 / (n_b - 1)
+    return 1 / each if each else math.inf
 
 
 def two_sided_p(t: Any, freedom: int) -> Any:

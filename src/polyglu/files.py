@@ -70,8 +70,11 @@ def _refusal(error: BaseException | None) -> OSError | None:
 
 
 def write_text(path: Path, text: str) -> str:
-    """Create or replace a UTF-8 text file atomically; return its SHA-256 (hex)."""
-    return write_atomically(path, lambda file: file.write(text.encode()))
+    """Create or replace a UTF-8 text file atomically; return its SHA-256 (hex).
+
+    Half of a surrogate pair, as in a file's name that is not UTF-8, is written as the escape that JSON reads back.
+    """
+    return write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def write_json(path: Path, value: Any) -> str:

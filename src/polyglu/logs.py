@@ -1,5 +1,6 @@
 """What a person sees of the log: one line a message on stderr, from rank 0 only; libraries speak from warnings up."""
 
+import io
 import logging
 import sys
 import warnings
@@ -24,7 +25,11 @@ def console(stderr: bool = False) -> Console:
     """Where a command shows its results; colours where that is a terminal and NO_COLOR is not set.
 
     Texts stand as they are: a name may hold ``[/]`` or ``:x:``, which rich would read as markup.
+    What the terminal's encoding lacks is written as an escape.
     """
+    stream = sys.stderr if stderr else sys.stdout
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
 
 

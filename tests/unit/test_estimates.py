@@ -49,5 +49,6 @@ def test_degrees_of_freedom_of_a_difference_are_those_of_scipy() -> None:
     errors = [estimate(values).stderr for values in (a, b)]
     found = welch_freedom(errors[0] or 0, errors[1] or 0, len(a), len(b))
     assert found == pytest.approx(stats.ttest_ind(a, b, equal_var=False).df)
+    assert welch_freedom(1e200, 1e200, 5, 5) == pytest.approx(8)
     assert welch_freedom(0.0, 0.2, 5, math.inf) == math.inf and welch_freedom(0.0, 0.0, 5, 5) == math.inf
     assert t_quantile(math.inf) == pytest.approx(1.959964) and t_quantile(3) == pytest.approx(3.182446)

@@ -140,3 +140,9 @@ def test_rows_are_read_while_they_are_written(tmp_path: Path) -> None:
     append_rows(path, [{"step": 1}, {"step": 2}])
     path.write_bytes(path.read_bytes() + b'{"step": 3, "train/')
     assert read_rows(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_name_that_is_not_utf8_is_written_and_read_back(tmp_path: Path) -> None:
+    name = os.fsdecode(b"a\xff\\udcff.pt")
+    write_json(tmp_path / "a.json", {name: name})
+    assert read_json(tmp_path / "a.json") == {name: name}

@@ -1,3 +1,6 @@
+import io
+import sys
+
 import pytest
 from rich.progress import BarColumn
 from rich.table import Table
@@ -22,3 +25,11 @@ def test_a_bar_names_its_work_as_it_is(monkeypatch: pytest.MonkeyPatch, capsys: 
     with progress(BarColumn()) as bar:
         bar.advance(bar.add_task(ODD, total=1))
     assert ODD in capsys.readouterr().err
+
+
+def test_a_name_that_is_not_utf8_is_written_as_an_escape(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="utf-8"))
+    console().print("a\udcff.pt")
+    sys.stdout.flush()
+    assert written.getvalue() == b"a\\udcff.pt\n"

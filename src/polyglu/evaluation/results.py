@@ -3,7 +3,6 @@
 Keys that nobody reads back may be there, and may be anything.
 """
 
-import sys
 from collections.abc import Sequence
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -15,8 +14,13 @@ from polyglu.config_file import validate
 from polyglu.errors import PolygluError
 from polyglu.files import read_json
 
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Error = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)]
+LARGEST = 1e100
+"""Of numbers that are squared and summed."""
+LARGEST_METRIC = 1e305
+"""The perplexity of words may be as large; sums of two, and intervals, are numbers still."""
+
+Number = Annotated[float, Field(strict=True, ge=-LARGEST, le=LARGEST)]
+Error = Annotated[float, Field(strict=True, ge=0, le=LARGEST)]
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Size = Annotated[int, Field(strict=True, gt=0, lt=2**63)]
 Text = Annotated[str, Field(strict=True)]
@@ -45,7 +49,7 @@ class Task(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         for key, value in (self.model_extra or {}).items():
-            if "," in key and not (type(value) in (int, float) and abs(value) <= sys.float_info.max):
+            if "," in key and not (type(value) in (int, float) and abs(value) <= LARGEST_METRIC):
                 raise ValueError(f"'{key}' is {value!r:.80}, expected a finite number")
         return self
 
@@ -66,7 +70,7 @@ class HeldOut(BaseModel):
     tokens: Size
     nats_per_token: Number
     nats_per_token_stderr: Error | None = None
-    perplexity: Number
+    perplexity: Annotated[float, Field(strict=True, allow_inf_nan=False)]
     bytes: Size | None = None
     bits_per_byte: Number | None = None
     bits_per_byte_stderr: Error | None = None

@@ -240,7 +240,11 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title:
 
 
 def literal(text: str) -> str:
-    """A name as matplotlib shows it: its ``$`` begin no formula, and no ``_`` at its start hides it from the legend."""
+    """A name as matplotlib shows it: ``$`` begins no formula, no ``_`` at its start hides it from the legend.
+
+    What cannot be drawn (control characters, halves of surrogate pairs) becomes U+FFFD.
+    """
+    text = "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in text)
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 

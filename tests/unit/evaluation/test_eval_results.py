@@ -47,6 +47,8 @@ def test_results_come_back_as_they_are(tmp_path: Path) -> None:
         ("results.x.acc,none", math.nan, "'acc,none' is nan"),
         ("results.x.acc_stderr,none", "0.1", "'acc_stderr,none' is '0.1'"),
         ("results.x.acc,none", 10**400, "'acc,none' is 1000"),
+        ("perplexity.held.bits_per_byte_stderr", 1e300, "perplexity.held.bits_per_byte_stderr"),
+        ("perplexity.held.perplexity", math.nan, "perplexity.held.perplexity"),
         ("results.x.n_samples", 4.5, "results.x.n_samples"),
         ("results.x.tasks", ["group"], "cycle"),
         ("perplexity.held.nats_per_token", math.inf, "perplexity.held.nats_per_token"),

@@ -72,7 +72,7 @@ def test_png_is_an_image() -> None:
     assert image.shape[:2] == (480, 780)
 
 
-@pytest.mark.parametrize("name", ["a $b", "$x^{$", "\\$1 and $\\frac$", "_hidden", "$a$ $b$"])
+@pytest.mark.parametrize("name", ["a $b", "$x^{$", "\\$1 and $\\frac$", "_hidden", "$a$ $b$", "\ufffd"])
 def test_names_are_no_formulas_and_stay_in_the_legend(name: str) -> None:
     figure, body = plotting.titled_figure("t", 6, 4, name)
     panel = body.subplots()
@@ -82,3 +82,9 @@ def test_names_are_no_formulas_and_stay_in_the_legend(name: str) -> None:
     assert plotting.to_png(figure).startswith(b"\x89PNG")
     shown = [*body.legends[0].get_texts(), *panel.get_yticklabels()]
     assert [text._preprocess_math(text.get_text()) for text in shown] == [(name.replace("_", " _"), False)] * 2
+
+
+def test_what_cannot_be_drawn_is_replaced() -> None:
+    name = plotting.literal("a\udcff\x1b\nb")
+    assert name == "a\ufffd\ufffd\nb"
+    assert plotting.to_png(plotting.titled_figure("t", 6, 4, "\udcff")[0]).startswith(b"\x89PNG")
