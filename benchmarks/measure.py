@@ -59,6 +59,10 @@ def say(message: str) -> None:
 _STARTED = time.perf_counter()
 
 
+class Elsewhere(Exception):
+    """What failed in another process; its message is the ``reason``."""
+
+
 def reason(error: BaseException) -> str:
     """An error in one sentence."""
     if isinstance(error, ModuleNotFoundError):
@@ -66,7 +70,7 @@ def reason(error: BaseException) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     lines = str(error).strip().splitlines() or [""]
-    return lines[0] if isinstance(error, TimeoutError) else f"{type(error).__name__}: {lines[0]}"[:300]
+    return lines[0] if isinstance(error, (TimeoutError, Elsewhere)) else f"{type(error).__name__}: {lines[0]}"[:300]
 
 
 Column = Callable[[dict[str, Any], dict[str, dict[str, Any]]], str]

@@ -85,25 +85,26 @@ def measure_whole(shape: Shape, seconds: float) -> Rows:
     }
     if on_gpu:
         builds |= {LIGER: partial(liger, shape), "fused, causal, compiled": partial(polyglu, shape, compiled=True)}
-    # On the CPU, what the compiler itself takes would be counted as the layer's memory.
-    memory = [name for name in builds if name != COMPILED]
-    return compare(builds, shape.device, seconds, memory=memory, calls=10 if on_gpu else 1, ahead=True)
+    rows = compare(builds, shape.device, seconds, calls=10 if on_gpu else 1, ahead=True, alone=not on_gpu)
+    if not on_gpu:
+        rows[COMPILED].pop("peak_mb", None)  # it is the compiler's
+    return rows
 
 
 def measure_elementwise(shape: Shape, seconds: float) -> Rows:
     on_gpu = shape.device.type == "cuda"
     builds: dict[str, Build] = {
         COPY: partial(copy, shape),
-        SWIGLU: partial(elementwise, shape, lambda gate, up: F.silu(gate) * up),
+        SWIGLU: partial(elementwise, shape, silu_mul),
         "kernel, causal": partial(kernel, shape, "causal"),
         "kernel, sequence": partial(kernel, shape, "sequence"),
         "fused, causal": partial(mixture, shape, "causal", "auto"),
         "reference, causal": partial(mixture, shape, "causal", "reference"),
-        COMPILED: lambda: elementwise(shape, torch.compile(lambda gate, up: F.silu(gate) * up)),
+        COMPILED: partial(compiled_elementwise, shape),
     }
     if on_gpu:
         builds[LIGER] = lambda: elementwise(shape, liger_function(), overwrites=True)
-    rows = compare(builds, shape.device, seconds, calls=10 if on_gpu else 3, ahead=True)
+    rows = compare(builds, shape.device, seconds, calls=10 if on_gpu else 3, ahead=True, alone=not on_gpu)
     tensor = shape.rows * shape.columns * shape.d_ff * shape.dtype.itemsize
     for row in rows.values():
         row["bytes"] = {stretch: count * tensor for stretch, count in MOVED.items()}
@@ -116,8 +117,8 @@ def swiglu(shape: Shape, compiled: bool = False) -> Case:
 
 
 def liger(shape: Shape) -> Case:
-    silu_mul, layer = liger_function(), GLU(shape.d_model, shape.d_ff).to(shape.device)
-    return whole(shape, layer, lambda x: layer.down_proj(silu_mul(layer.gate_proj(x), layer.up_proj(x))))
+    activate, layer = liger_function(), GLU(shape.d_model, shape.d_ff).to(shape.device)
+    return whole(shape, layer, lambda x: layer.down_proj(activate(layer.gate_proj(x), layer.up_proj(x))))
 
 
 def liger_function() -> Callable[[Tensor, Tensor], Tensor]:
@@ -165,6 +166,14 @@ def random_logits(shape: Shape, scope: RoutingScope) -> list[Tensor]:
     """Of neurons ``[B, F, K]`` and tokens ``[B, S, K]``."""
     width = 1 if scope == "sequence" else shape.columns
     return [shape.noise(), torch.randn(shape.rows, width, K, device=shape.device)]
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def compiled_elementwise(shape: Shape) -> Case:
+    return elementwise(shape, torch.compile(silu_mul))
 
 
 def elementwise(

@@ -13,8 +13,8 @@ import torch
 from measure import as_table
 from rich.table import Table
 from speed_ranks import PLAIN, launch
-from steps import Setting, peak_of_device, step_columns, training_step, with_work
-from turns import Build, Group, Rows, compare, measure_groups
+from steps import Setting, compare_steps, peak_of_device, step_columns, training_step, with_work
+from turns import Build, Group, Rows, measure_groups
 
 from polyglu.model.config import ModelConfig
 
@@ -77,7 +77,7 @@ def measure_pair(setting: Setting, peak: float, seconds: float) -> Rows:
         TWIN: partial(training_step, setting.with_model(ffn="swiglu")),
         FUSED: partial(training_step, setting),
     }
-    return with_work(compare(builds, setting.device, seconds), setting, peak)
+    return compare_steps(builds, setting, peak, seconds)
 
 
 def measure_ranks(setting: Setting, peak: float, ranks: int, seconds: float) -> Rows:

@@ -18,8 +18,8 @@ from measure import as_table
 from published import published_step
 from rich.table import Table
 from speed_ranks import DEEPSPEED, PLAIN, launch
-from steps import Setting, peak_of_device, qwen3_step, step_columns, training_step, with_work
-from turns import Build, Group, Rows, compare, measure_groups
+from steps import Setting, compare_steps, peak_of_device, qwen3_step, step_columns, training_step, with_work
+from turns import Build, Group, Rows, measure_groups
 
 from polyglu.model.config import ModelConfig
 from polyglu.training.devices import compute_dtype
@@ -89,21 +89,18 @@ def sides(setting: Setting) -> dict[str, Build]:
 
 
 def measure_sides(setting: Setting, peak: float, seconds: float) -> Rows:
-    builds = sides(setting)
-    apart = setting.document < setting.model.seq_length
-    memory = list(builds) if apart else [TWIN, "fused, causal", QWEN3]
-    return with_work(compare(builds, setting.device, seconds, memory=memory), setting, peak)
+    return compare_steps(sides(setting), setting, peak, seconds)
 
 
 def measure_recompute(setting: Setting, peak: float, seconds: float) -> Rows:
     causal = setting.with_model(routing_scope="causal")
     builds: dict[str, Build] = {kind: partial(training_step, replace(causal, recompute=kind)) for kind in RECOMPUTED}
-    return with_work(compare(builds, setting.device, seconds, memory=list(builds)), setting, peak)
+    return compare_steps(builds, setting, peak, seconds)
 
 
 def measure_rows(setting: Setting, peak: float, seconds: float) -> Rows:
     builds: dict[str, Build] = {"fused, causal": partial(training_step, setting.with_model(routing_scope="causal"))}
-    return with_work(compare(builds, setting.device, seconds), setting, peak)
+    return compare_steps(builds, setting, peak, seconds)
 
 
 def measure_deepspeed(setting: Setting, peak: float, seconds: float) -> Rows:

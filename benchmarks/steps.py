@@ -14,7 +14,7 @@ from measure import told
 from torch import Tensor
 from transformers.models.qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
-from turns import Case, Row, Rows, Stopwatch, peak, ratios, start_seconds
+from turns import Build, Case, Row, Rows, Stopwatch, compare, peak, ratios, start_seconds
 
 from polyglu.data.dataloader import MicroBatch
 from polyglu.model.architecture import PolychromaticLM
@@ -137,6 +137,12 @@ def qwen3_inputs(batch: MicroBatch, whole: bool, flat: bool) -> dict[str, Tensor
         positions = torch.cat([torch.arange(length) for length in lengths]).to(batch.input_ids.device)
         inputs["position_ids"] = positions.view_as(batch.input_ids)
     return {name: tensor.reshape(1, -1) for name, tensor in inputs.items()} if flat else inputs
+
+
+def compare_steps(builds: Mapping[str, Build], setting: Setting, most_flops: float, seconds: float) -> Rows:
+    """Steps of one setting in turn; on a CPU each lives alone, as a run does."""
+    rows = compare(builds, setting.device, seconds, alone=setting.device.type == "cpu")
+    return with_work(rows, setting, most_flops)
 
 
 def with_work(rows: Rows, setting: Setting, most_flops: float) -> Rows:

@@ -5,21 +5,23 @@ round.
 
 Time    on a GPU between events, on the CPU by the clock
 Memory  GPU: most bytes allocated during a call, less what other cases hold; so its own weights and inputs are included.
-        CPU: each case alone in a new process, largest resident memory (VmHWM) during build and two calls, less what
-        was resident before, with all libraries loaded
+        CPU: of cases that live alone, largest resident memory (VmHWM) during build and two calls, less what was
+        resident before, with all libraries loaded
 """
 
 import gc
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measure import reason, say
+from measure import Elsewhere, reason, say
 
 SLEEP = 20_000_000
 """GPU cycles, about 10 ms, in which the host queues a call: then the host's own time is not in the GPU's."""
@@ -35,7 +37,11 @@ Rows = dict[str, Row]
 """Case -> row."""
 Case = Callable[["Stopwatch"], None]
 Build = Callable[[], Case]
-"""Makes a case with all that it needs. Where the CPU's memory is measured, it must be possible to pickle it."""
+"""Makes a case with all that it needs. Of one that lives alone, it must be possible to pickle it."""
+Laps = dict[str, float]
+"""Stretch -> seconds, and of all."""
+Turn = Callable[[], list[Laps]]
+"""Of a case that lives: the calls of one turn."""
 
 
 def ratios(row: Row | None, base: Row | None, stretch: str = "total") -> list[float] | None:
@@ -79,8 +85,7 @@ class Stopwatch:
             mark.record()
         self.marks.append((name, mark))
 
-    def read(self) -> dict[str, float]:
-        """Stretch -> seconds, and of all."""
+    def read(self) -> Laps:
         if self.on_gpu:
             torch.cuda.synchronize()
         laps = {}
@@ -101,10 +106,10 @@ def compare(
     device: torch.device,
     seconds: float,
     *,
-    memory: Collection[str] = (),
     calls: int = 1,
     ahead: bool = False,
     rounds: Rounds = Rounds(),  # noqa: B008  # a constant
+    alone: bool = False,
 ) -> Rows:
     """Let cases take turns.
 
@@ -112,36 +117,36 @@ def compare(
         builds: case -> what makes it; one that fails gets a sentence, and the others go on.
         device: whose time is taken.
         seconds: after which no further round begins.
-        memory: cases whose memory is measured too; on a GPU that of all is.
         calls: of a turn, of which the median counts.
         ahead: see ``Stopwatch``.
         rounds: fewest and most.
+        alone: each case lives in a process of its own, as in use, so that memory which one takes and gives back is not
+            the others' gain; the CPU's memory is then measured too.
     """
-    rows, watch = {}, Stopwatch(device, ahead)
-    # The rest of the time is for memory, in new processes.
-    end = time.perf_counter() + seconds * (0.65 if memory and device.type == "cpu" else 1)
+    rows: Rows = {}
+    end = time.perf_counter() + seconds
     torch.compiler.reset()  # after code for other shapes, the compiler would make code for any shape
     torch._dynamo.config.recompile_limit = 64  # models that share a block's code are many here, in training one
-    live: dict[str, Case] = {}
-    for name, build in builds.items():
-        say(f"  {name}")
-        try:
-            if time.perf_counter() > end:
-                raise TimeoutError(NO_TIME)
-            live[name], rows[name] = _start(build, watch)
-        except Exception as error:
-            rows[name] = {"failed": reason(error)}
+    live: dict[str, Turn] = {}
+    with ExitStack() as processes:
+        for name, build in builds.items():
+            say(f"  {name}")
+            try:
+                if time.perf_counter() > end:
+                    raise TimeoutError(NO_TIME)
+                watch = Stopwatch(device, ahead)
+                started = _start_alone(build, watch, calls, processes) if alone else _start(build, watch, calls)
+                live[name], rows[name] = started
+            except Exception as error:
+                rows[name] = {"failed": reason(error)}
+            _release(device)
+        _take_turns(live, rows, device, rounds, end)
+        live.clear()
         _release(device)
-    _take_turns(live, rows, watch, calls, rounds, end)
-    live.clear()
-    _release(device)
-    for name in memory:
-        if device.type == "cpu" and "failed" not in rows[name]:
-            rows[name] |= _memory_in_new_process(builds[name])
     return rows
 
 
-def _start(build: Build, watch: Stopwatch) -> tuple[Case, Row]:
+def _start(build: Build, watch: Stopwatch, calls: int) -> tuple[Turn, Row]:
     """Build and warm up."""
     started = time.perf_counter()
     before = torch.cuda.memory_allocated() if watch.on_gpu else 0
@@ -155,23 +160,28 @@ def _start(build: Build, watch: Stopwatch) -> tuple[Case, Row]:
         case(watch)
         watch.read()
         row["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
-    return case, row
+    return partial(_turn, case, watch, calls), row
 
 
-def _take_turns(live: dict[str, Case], rows: Rows, watch: Stopwatch, calls: int, rounds: Rounds, end: float) -> None:
+def _turn(case: Case, watch: Stopwatch, calls: int) -> list[Laps]:
+    laps = []
+    for _ in range(calls):
+        case(watch)
+        laps.append(watch.read())
+    return laps
+
+
+def _take_turns(live: dict[str, Turn], rows: Rows, device: torch.device, rounds: Rounds, end: float) -> None:
     """Add the seconds of each round to the rows of the cases that live; who fails drops out."""
     turn = 0
     while live and (turn < rounds.least or (turn < rounds.most and time.perf_counter() < end)):
         for name in list(live):
             try:
-                laps = []
-                for _ in range(calls):
-                    live[name](watch)
-                    laps.append(watch.read())
+                laps = live[name]()
             except Exception as error:
                 rows[name] = {"failed": reason(error)}
                 del live[name]
-                _release(watch.device)
+                _release(device)
                 continue
             for stretch in laps[0]:
                 taken = rows[name].setdefault("seconds", {}).setdefault(stretch, [])
@@ -185,31 +195,64 @@ def _release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _memory_in_new_process(build: Build) -> Row:
-    try:
-        return {"peak_mb": in_new_process(peak_of, build, torch.get_num_threads()) / 1e6}
-    except Exception as error:
-        return {"memory_failed": reason(error)}
+def _start_alone(build: Build, watch: Stopwatch, calls: int, processes: ExitStack) -> tuple[Turn, Row]:
+    """``_start`` in a new process, which ends with ``processes``.
 
-
-def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    Raises:
+        Elsewhere: what failed there.
+    """
     context = get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, build, watch, calls, torch.get_num_threads()), daemon=True)
+    process.start()
+    processes.callback(process.join)
+    processes.callback(ours.close)  # first: it waits for that
+    theirs.close()
+
+    def answer() -> Any:
+        try:
+            found = ours.recv()
+        except EOFError:
+            process.join()
+            raise Elsewhere(f"its process ended with code {process.exitcode}") from None
+        if isinstance(found, str):
+            raise Elsewhere(found)
+        return found
+
+    def turn() -> list[Laps]:
+        ours.send(None)
+        laps: list[Laps] = answer()
+        return laps
+
+    return turn, answer()
 
 
-def peak_of(build: Build, threads: int) -> int:
-    """Bytes that become resident with a case, in a process of its own."""
+def _serve(pipe: Connection, build: Build, watch: Stopwatch, calls: int, threads: int) -> None:
+    """What such a process does: answer with the case's row, then each message with a turn; or with what failed."""
     torch.set_num_threads(threads)
+    try:
+        before = _resident_before()
+        turn, row = _start(build, watch, calls)
+        if not watch.on_gpu:
+            turn()
+            row["peak_mb"] = (_largest_resident() - before) / 1e6
+        pipe.send(row)
+        while True:
+            pipe.recv()
+            pipe.send(turn())
+    except (EOFError, KeyboardInterrupt):  # the other side has all it wants, or is interrupted too
+        pass
+    except Exception as error:
+        pipe.send(reason(error))
+
+
+def _resident_before() -> int:
+    """Bytes that are resident before a case, with what is loaded at the first use; from here the peak is counted."""
     matrix = torch.ones(64, 64, requires_grad=True)
-    (matrix @ matrix).sum().backward()  # loads what is loaded at the first use
+    (matrix @ matrix).sum().backward()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before, watch = _largest_resident(), Stopwatch(torch.device("cpu"))
-    case = build()
-    for _ in range(2):
-        case(watch)
-    return _largest_resident() - before
+    return _largest_resident()
 
 
 def _largest_resident() -> int:

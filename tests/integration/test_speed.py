@@ -1,7 +1,12 @@
 """Every part of ``benchmarks/speed.py`` on toy shapes: what it tells is complete. No speed is tested."""
 
 import json
+import multiprocessing
+import os
+import signal
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +25,7 @@ import speed_ffn  # noqa: E402
 import speed_loss  # noqa: E402
 import speed_scaling  # noqa: E402
 import speed_step  # noqa: E402
+import steps  # noqa: E402
 import turns  # noqa: E402
 from published import published_cpu_loss, published_gpu_loss  # noqa: E402
 from speed_ranks import DEEPSPEED, PLAIN, launch  # noqa: E402
@@ -39,11 +45,16 @@ FEW = turns.Rounds(2, 2)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rounds of each, nothing compiled, no new processes: those have a test of their own."""
-    monkeypatch.setattr(turns, "_memory_in_new_process", lambda build: {"peak_mb": 1.0})
+    """Two rounds of each, nothing compiled, no new processes: those have tests of their own."""
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    for module in (speed_ffn, speed_loss, speed_step, speed_scaling):
-        monkeypatch.setattr(module, "compare", partial(turns.compare, rounds=FEW))
+    for module in (speed_ffn, speed_loss, steps):
+        monkeypatch.setattr(module, "compare", compare_here)
+
+
+def compare_here(*arguments: Any, alone: bool, **options: Any) -> turns.Rows:
+    assert alone
+    rows = turns.compare(*arguments, **options, rounds=FEW)
+    return {name: row | {"peak_mb": 1.0} for name, row in rows.items()}
 
 
 def row_of_two_rounds(*arguments: Any, **options: Any) -> dict[str, Any]:
@@ -126,12 +137,64 @@ def test_a_case_that_fails_is_told_in_a_sentence_and_the_others_go_on() -> None:
     assert turns.compare({"good": lambda: good}, CPU, -1.0)["good"]["failed"] == turns.NO_TIME
 
 
+def takes(seconds: float, share: int) -> turns.Case:
+    """Keeps as many MB as ``share``."""
+    kept = b"x" * (share * 2**20)
+
+    def case(watch: turns.Stopwatch) -> None:
+        watch.start()
+        time.sleep(seconds)
+        watch.lap("sleep" if kept else "")
+
+    return case
+
+
+def breaks_at_once() -> turns.Case:
+    raise ModuleNotFoundError(name="liger_kernel")
+
+
+def is_killed() -> turns.Case:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def breaks_after_the_start() -> turns.Case:
+    calls: list[int] = []
+
+    def case(watch: turns.Stopwatch) -> None:
+        calls.append(1)
+        if len(calls) > 2:
+            raise ValueError("a long story\nin two lines")
+        watch.start()
+        watch.lap("all")
+
+    return case
+
+
+def test_cases_that_live_alone_take_turns_and_fail_alone() -> None:
+    builds = {
+        "quick": partial(takes, 0.0, 1),
+        "absent": breaks_at_once,
+        "killed": is_killed,
+        "breaks": breaks_after_the_start,
+        "slow": partial(takes, 0.05, 40),
+    }
+    rows = turns.compare(builds, CPU, 60, rounds=turns.Rounds(3, 3), calls=2, alone=True)
+    assert rows["absent"]["failed"] == "the package liger_kernel is not installed"
+    assert rows["killed"]["failed"] == "its process ended with code -9"
+    assert rows["breaks"]["failed"] == "ValueError: a long story"
+    assert [len(rows[name]["seconds"]["sleep"]) for name in ("quick", "slow")] == [3, 3]
+    assert min(rows["slow"]["seconds"]["total"]) >= 0.05 > statistics.median(rows["quick"]["seconds"]["total"])
+    assert 30 < rows["slow"]["peak_mb"] - rows["quick"]["peak_mb"] < 60
+    assert not multiprocessing.active_children()
+
+
 @pytest.mark.parametrize("build", [training_step, qwen3_step])
-def test_memory_in_a_new_process_grows_with_the_model(build: Callable[[Setting], turns.Case]) -> None:
+def test_memory_of_a_case_that_lives_alone_grows_with_the_model(build: Callable[[Setting], turns.Case]) -> None:
     """16 MB of weights, gradients and moments besides what the small one has."""
-    large = SETTING.with_model(vocab_size=2**15)
-    sizes = [turns.in_new_process(turns.peak_of, partial(build, setting), 1) for setting in (SETTING, large)]
-    assert 14e6 < sizes[1] - sizes[0] < 80e6
+    builds = {"small": partial(build, SETTING), "large": partial(build, SETTING.with_model(vocab_size=2**15))}
+    rows = turns.compare(builds, CPU, 60, rounds=FEW, alone=True)
+    assert 14 < rows["large"]["peak_mb"] - rows["small"]["peak_mb"] < 80
 
 
 @pytest.mark.timeout(120)

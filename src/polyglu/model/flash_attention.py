@@ -1,7 +1,7 @@
 """Causal attention inside documents: one function, its backends chosen inside, callers unchanged.
 
 CUDA: the flash-attn package if installed, else PyTorch's own FlashAttention (``torch.nn.attention.varlen``).
-Elsewhere, or with ``use_flash_attn: false``: PyTorch's SDPA on each document, without building masks.
+Elsewhere, or with ``use_flash_attn: false``: PyTorch's SDPA on the documents of each length, without building masks.
 
 Shapes: B rows, T columns, N = B * T tokens, H query heads, G key/value heads, d head_dim.
 """
@@ -60,8 +60,8 @@ def flash_serves(device: torch.device, dtype: torch.dtype, head_dim: int) -> boo
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     if packing.whole_rows:
         return _sdpa_rows(q, k, v)
-    documents = zip(*(torch.split(x.flatten(0, 1), list(packing.lengths)) for x in (q, k, v)), strict=True)
-    return torch.cat([_sdpa_rows(*(x[None] for x in document))[0] for document in documents]).view_as(q)
+    stacks = zip(*(packing.stacks.stack(x.flatten(0, 1)) for x in (q, k, v)), strict=True)
+    return packing.stacks.unstack([_sdpa_rows(*stack) for stack in stacks]).view_as(q)
 
 
 def _sdpa_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

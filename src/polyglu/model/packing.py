@@ -6,7 +6,9 @@ row 1: [ c c c | d d d ]      lengths: [4, 2, 3, 3]      positions: 0 1 2 3 0 1 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,52 @@ from torch import Tensor
 
 BLOCK = 128
 """Positions whose running mean is one matrix product."""
+STEPS = ((256, 16), (2**62, 64))
+"""Documents of fewer tokens -> their length is rounded up to a multiple. Attention is called once for each length; and
+for every shape of a bf16 product that oneDNN meets, it compiles code on a CPU and keeps megabytes."""
+
+
+class Stacks(NamedTuple):
+    """Documents of a batch, padded to a few lengths and stacked by them.
+
+    A padded place repeats the last token of its document. To causal attention that is nothing: the document does not
+    look at what comes later, and of what comes later nothing is taken.
+    """
+
+    tokens: Tensor
+    """``[places]`` int64: which token stands there, stack after stack."""
+    places: Tensor
+    """``[N]`` int64: where each token stands."""
+    shapes: tuple[tuple[int, int], ...]
+    """Of each stack: documents, and places of each."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> "Stacks":
+        """For tokens of documents that lie one after another."""
+        by_length: dict[int, list[int]] = {}
+        starts = list(accumulate(lengths, initial=0))
+        for document, length in enumerate(lengths):
+            step = next(step for limit, step in STEPS if length < limit)
+            by_length.setdefault(-(-length // step) * step, []).append(document)
+        tokens, places, bounds, first = [], torch.empty(starts[-1], dtype=torch.int64), torch.tensor(starts), 0
+        for length, documents in sorted(by_length.items()):
+            index = bounds[:-1][documents, None] + torch.arange(length)  # [documents, length]
+            last = bounds[1:][documents, None] - 1
+            place = torch.arange(first, first + index.numel()).view_as(index)
+            places[index[index <= last]] = place[index <= last]
+            tokens.append(index.minimum(last).flatten())
+            first += index.numel()
+        shapes = tuple((len(documents), length) for length, documents in sorted(by_length.items()))
+        return cls(torch.cat(tokens).to(device), places.to(device), shapes)
+
+    def stack(self, x: Tensor) -> list[Tensor]:
+        """``[N, ...]`` -> ``[documents, places, ...]`` of each stack."""
+        stacked = torch.split(_rows(x, self.tokens), [documents * length for documents, length in self.shapes])
+        return [part.view(*shape, *x.shape[1:]) for part, shape in zip(stacked, self.shapes, strict=True)]
+
+    def unstack(self, stacks: Sequence[Tensor]) -> Tensor:
+        """Back to ``[N, ...]``."""
+        return _rows(torch.cat([stack.flatten(0, 1) for stack in stacks]), self.places)
 
 
 @dataclass(frozen=True)
@@ -74,6 +122,11 @@ class Packing:
             before=before,
         )
 
+    @cached_property
+    def stacks(self) -> Stacks:
+        """Its documents, stacked by length."""
+        return Stacks.of(self.lengths, self.positions.device)
+
     def running_mean(self, x: Tensor) -> Tensor:
         """Mean of ``[B, T, R]`` over the document up to and including each position: the same shape.
 
@@ -115,6 +168,11 @@ def groups_of_tokens(
         total += whole if begins else length
     if start < len(lengths):
         yield slice(start, len(lengths))
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """``x[index]``; as an embedding, whose backward is faster."""
+    return F.embedding(index, x.flatten(1)).view(-1, *x.shape[1:])
 
 
 def _masks(positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ class Method(NamedTuple):
     logits_at_once: int
     """Logits of a chunk at most (but at least a row)."""
     gather: bool
-    """Leave rows without a target out; a GPU would have to wait for their number."""
+    """Leave most rows without a target out; a GPU would have to wait for their number."""
     softmax_: Softmax
 
 
@@ -106,7 +106,8 @@ def linear_cross_entropy(
     """
     counted = targets != IGNORED
     if method.gather and not counted.all():
-        features, targets = features[counted], targets[counted]
+        rows = _rows_with_target(counted)
+        features, targets = features[rows], targets[rows]
     with torch.autocast(features.device.type, enabled=False):
         if torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad):
             arguments = features, weight, targets, compute_dtype, method
@@ -173,6 +174,16 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total += left @ right
+
+
+def _rows_with_target(counted: Tensor) -> Tensor:
+    """Rows with a target, and so many others that their number is one of a few.
+
+    In bf16 a CPU's library compiles code for each shape of a product and keeps it: several MB for every number of rows.
+    """
+    step = max(1, len(counted) // 16)
+    wanted = -(-int(counted.sum()) // step) * step
+    return counted.to(torch.uint8).argsort(descending=True, stable=True)[:wanted]
 
 
 def _count_chunks(features: Tensor, weight: Tensor, method: Method) -> int:

@@ -1,5 +1,6 @@
 """What a device can do: compute dtype, peak speed, memory in use; and what of its work counts as the model's."""
 
+import ctypes
 import resource
 import time
 from typing import NamedTuple
@@ -19,11 +20,25 @@ PEAK_FLOPS = {
     "3090": 71e12,
 }
 """Dense bf16 peak in FLOP/s, by a part of the device's name (vendors' data sheets)."""
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Parameters of ``mallopt`` (glibc's malloc.h)."""
 
 
 def pick_device(local_rank: int = 0) -> torch.device:
     """The rank's GPU if there is one, else the CPU."""
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep memory that is freed for the next tensor, where the C library is glibc.
+
+    Of itself, glibc maps each large tensor anew and unmaps it when freed: in every step on a CPU the system then clears
+    hundreds of MB, page by page (mallopt(3)).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:

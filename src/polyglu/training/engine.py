@@ -18,7 +18,7 @@ from polyglu.files import read_json
 from polyglu.model.architecture import PolychromaticLM, compile_blocks
 from polyglu.model.config import LoopSection
 from polyglu.model.flash_attention import flash_serves
-from polyglu.training.devices import compute_dtype
+from polyglu.training.devices import compute_dtype, keep_freed_memory
 from polyglu.training.loss import LanguageModelLoss, LossParts
 from polyglu.training.optimizer import (
     adam_state,
@@ -209,6 +209,8 @@ class DeepSpeedEngine:
 
 def create_engine(model: PolychromaticLM, settings: LoopSection, ranks: Ranks) -> Engine:
     """DeepSpeed when a launcher started the process as a rank, else plain PyTorch; the model moves to the device."""
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
     dtype = compute_dtype(settings.precision, ranks.device)
     loss = LanguageModelLoss(model, dtype, settings.activation_checkpointing, settings.entropy_reg)
     config = model.config

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from polyglu.model.flash_attention import attention, flash_serves
-from polyglu.model.packing import Packing
+from polyglu.model.packing import Packing, Stacks
 
 HEAD_DIM = 6
 
@@ -52,6 +52,49 @@ def test_documents_equal_masked_full_attention(rows: list[list[int]], heads: tup
     torch.testing.assert_close(
         torch.autograd.grad(actual, inputs, grad), torch.autograd.grad(expected, inputs, grad), rtol=1e-6, atol=1e-8
     )
+
+
+LONG = [1, 2, 15, 16, 17, 249, 255, 45, 256, 44, 257, 43, 300]
+"""Four rows of 300 and one document that is a row: on both sides of the steps that lengths are rounded up to."""
+
+
+def test_documents_of_many_lengths_equal_masked_full_attention() -> None:
+    inputs = random_qkv(5, 300, 4, 2)
+    actual, expected = attention(*inputs, packing_of(5, 300, LONG), use_flash=False), masked(*inputs, LONG)
+    torch.testing.assert_close(actual, expected)
+    grad = torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, inputs, grad), torch.autograd.grad(expected, inputs, grad), rtol=1e-6, atol=1e-8
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("others", [[20, 20, 220], [240, 20], [255, 5], [1] * 260])
+def test_a_document_is_the_same_to_the_bit_beside_any_others(dtype: torch.dtype, others: list[int]) -> None:
+    """Even if theirs are not finite."""
+    results = []
+    for lengths, fill in (([40, 260], 0.0), ([40, *others], torch.nan)):
+        inputs = [x.detach().to(dtype) for x in random_qkv(1, 300, 4, 2)]
+        for x in inputs:
+            x[:, 40:] += fill
+            x.requires_grad_()
+        out = attention(*inputs, packing_of(1, 300, lengths), use_flash=False)
+        gradients = torch.autograd.grad(out[:, :40].square().sum(), inputs)
+        results.append([x[:, :40] for x in (out, *gradients)])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@given(lengths=st.lists(st.integers(1, 700), min_size=1, max_size=30))
+def test_stacks_hold_each_token_once_and_pad_with_the_documents_own(lengths: list[int]) -> None:
+    stacks = Stacks.of(lengths, torch.device("cpu"))
+    token = torch.arange(sum(lengths))
+    assert torch.equal(stacks.tokens[stacks.places], token)
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    for stack in stacks.stack(torch.stack([token, document], 1)):
+        assert (stack[:, 1:, 0] - stack[:, :-1, 0]).unique().tolist() in ([0], [1], [0, 1])  # in order; the last again
+        assert torch.equal(stack[:, :, 1], stack[:, :1, 1].expand(stack.shape[:2]))
+    assert stacks.tokens.numel() <= sum(-(-length // 16) * 16 if length < 256 else length + 63 for length in lengths)
+    assert all(places % (16 if places < 256 else 64) == 0 for _, places in stacks.shapes)
 
 
 def test_without_bounds_a_row_is_a_document() -> None:

@@ -12,7 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from polyglu.data.dataloader import IGNORED
 from polyglu.training import cross_entropy
-from polyglu.training.cross_entropy import METHODS, Method, linear_cross_entropy, reference_cross_entropy, softmax_
+from polyglu.training.cross_entropy import (
+    METHODS,
+    Method,
+    _rows_with_target,
+    linear_cross_entropy,
+    reference_cross_entropy,
+    softmax_,
+)
 
 IN_CACHE, WHOLE = METHODS["cpu"], Method(2**24, gather=False, softmax_=softmax_)
 """What runs on a CPU; and on a GPU, but for the compilation."""
@@ -246,7 +253,20 @@ def test_a_cpu_leaves_ignored_rows_out() -> None:
     features, weight, targets = inputs(256, 4, 1024, ignored=0.9)
     with Largest() as seen:
         linear_cross_entropy(features, weight, targets, torch.float32, IN_CACHE)
-    assert seen.numel == 1024 * int((targets != IGNORED).sum()) < 2**16
+    assert seen.numel == 1024 * -(-int((targets != IGNORED).sum()) // 16) * 16 < 2**16
+
+
+@pytest.mark.parametrize(("rows", "most"), [(1, 2), (7, 8), (256, 17), (300, 18)])
+def test_products_have_few_shapes_however_many_targets_there_are(rows: int, most: int) -> None:
+    """A CPU's library keeps code for each."""
+    seen = set()
+    for count in range(rows + 1):
+        counted = torch.zeros(rows, dtype=torch.bool)
+        counted[torch.randperm(rows)[:count]] = True
+        kept = _rows_with_target(counted)
+        assert set(counted.nonzero().flatten().tolist()) <= set(kept.tolist()) and len(kept.unique()) == len(kept)
+        seen.add(len(kept))
+    assert len(seen) <= most and max(seen) == rows
 
 
 def test_what_lies_beyond_the_rows_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
