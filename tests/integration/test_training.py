@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -197,8 +198,12 @@ def test_wandb_runs_offline_without_a_key(
     config = validate(TrainConfig, {**values, "wandb": {"mode": "auto"}}, "test")
     train(config.model_copy(update={"training": config.training.model_copy(update={"total_steps": 3})}))
     (run,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
-    content = run.read_bytes()
-    assert b"train/loss" in content and b"dynamic_routing_entropy/mean" in content
+    for _ in range(100):  # another process writes it, and may be late
+        content = run.read_bytes()
+        if b"train/loss" in content and b"dynamic_routing_entropy/mean" in content:
+            return
+        time.sleep(0.1)
+    raise AssertionError(content)
 
 
 @pytest.fixture

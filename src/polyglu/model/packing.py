@@ -7,7 +7,7 @@ row 1: [ c c c | d d d ]      lengths: [4, 2, 3, 3]      positions: 0 1 2 3 0 1 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -39,18 +39,18 @@ class Stacks(NamedTuple):
     def of(cls, lengths: Sequence[int], device: torch.device) -> "Stacks":
         """For tokens of documents that lie one after another."""
         by_length: dict[int, list[int]] = {}
-        starts = list(accumulate(lengths, initial=0))
         for document, length in enumerate(lengths):
             step = next(step for limit, step in STEPS if length < limit)
             by_length.setdefault(-(-length // step) * step, []).append(document)
-        tokens, places, bounds, first = [], torch.empty(starts[-1], dtype=torch.int64), torch.tensor(starts), 0
+        own = torch.tensor(lengths)
+        starts = own.cumsum(0) - own
+        tokens, moved, first = [], torch.empty_like(starts), 0
         for length, documents in sorted(by_length.items()):
-            index = bounds[:-1][documents, None] + torch.arange(length)  # [documents, length]
-            last = bounds[1:][documents, None] - 1
-            place = torch.arange(first, first + index.numel()).view_as(index)
-            places[index[index <= last]] = place[index <= last]
-            tokens.append(index.minimum(last).flatten())
-            first += index.numel()
+            start, last = starts[documents, None], (starts + own)[documents, None] - 1
+            tokens.append((start + torch.arange(length)).minimum(last).flatten())
+            moved[documents] = first + length * torch.arange(len(documents)) - starts[documents]
+            first += length * len(documents)
+        places = torch.arange(sum(lengths)) + moved.repeat_interleave(own, output_size=sum(lengths))
         shapes = tuple((len(documents), length) for length, documents in sorted(by_length.items()))
         return cls(torch.cat(tokens).to(device), places.to(device), shapes)
 
