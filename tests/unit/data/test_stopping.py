@@ -52,7 +52,16 @@ def test_pieces_are_the_text_up_to_the_stop_string(tokenizer: Tokenizer, data: s
     text = tokenizer.decode(ids)
     stop = st.tuples(st.integers(0, len(text)), st.integers(1, 4)).map(lambda cut: text[cut[0] : sum(cut)] or "#")
     stops = data.draw(st.lists(stop.filter(lambda found: "\ufffd" not in found), max_size=3))
-    assert "".join(streamed(tokenizer, ids, stops)) == cut_at(text, stops)
+    rule = stop_rule(tokenizer, stops)
+    # A stop string that begins earlier may be completed by what would have come after the end.
+    end = next((n for n in range(1, len(ids) + 1) if rule is not None and rule(ids[:n])), len(ids))
+    assert "".join(streamed(tokenizer, ids, stops)) == cut_at(tokenizer.decode(ids[:end]), stops)
+
+
+def test_the_stop_string_that_is_complete_first_ends_the_text(tokenizer: Tokenizer) -> None:
+    """Though the other begins earlier."""
+    ids = [token for character in "#123" for token in tokenizer.encode(character)]
+    assert "".join(streamed(tokenizer, ids, ["123", "2"])) == "#1"
 
 
 def test_text_comes_as_soon_as_it_is_certain(tokenizer: Tokenizer) -> None:
