@@ -241,7 +241,7 @@ def _serve(pipe: Connection, build: Build, watch: Stopwatch, calls: int, threads
         while True:
             pipe.recv()
             pipe.send(turn())
-    except (EOFError, KeyboardInterrupt):  # the other side has all it wants, or is interrupted too
+    except (EOFError, ConnectionError, KeyboardInterrupt):  # the other side has all it wants, or was interrupted
         pass
     except Exception as error:
         pipe.send(reason(error))
