@@ -58,7 +58,7 @@ def start_seconds(row: Row, rows: Rows) -> str:
 
 def peak(row: Row, rows: Rows) -> str:
     """Cell: MB."""
-    return f"{row['peak_mb']:,.0f}" if "peak_mb" in row else row.get("memory_failed", "")
+    return f"{row['peak_mb']:,.0f}" if "peak_mb" in row else ""
 
 
 class Stopwatch:
@@ -120,8 +120,8 @@ def compare(
         calls: of a turn, of which the median counts.
         ahead: see ``Stopwatch``.
         rounds: fewest and most.
-        alone: each case lives in a process of its own, as in use, so that memory which one takes and gives back is not
-            the others' gain; the CPU's memory is then measured too.
+        alone: on a CPU, each case lives in a process of its own, as in use, so that memory which one takes and gives
+            back is not the others' gain; memory is then measured too.
     """
     rows: Rows = {}
     end = time.perf_counter() + seconds
@@ -234,9 +234,8 @@ def _serve(pipe: Connection, build: Build, watch: Stopwatch, calls: int, threads
     try:
         before = _resident_before()
         turn, row = _start(build, watch, calls)
-        if not watch.on_gpu:
-            turn()
-            row["peak_mb"] = (_largest_resident() - before) / 1e6
+        turn()
+        row["peak_mb"] = (_largest_resident() - before) / 1e6
         pipe.send(row)
         while True:
             pipe.recv()

@@ -18,7 +18,7 @@ BLOCK = 128
 """Positions whose running mean is one matrix product."""
 STEPS = ((256, 16), (2**62, 64))
 """Documents of fewer tokens -> their length is rounded up to a multiple. Attention is called once for each length; and
-for every shape of a bf16 product that oneDNN meets, it compiles code on a CPU and keeps megabytes."""
+for every shape of a bf16 product, oneDNN compiles code on a CPU and keeps it, about a megabyte."""
 
 
 class Stacks(NamedTuple):

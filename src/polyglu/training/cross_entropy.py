@@ -179,7 +179,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 def _rows_with_target(counted: Tensor) -> Tensor:
     """Rows with a target, and so many others that their number is one of a few.
 
-    In bf16 a CPU's library compiles code for each shape of a product and keeps it: several MB for every number of rows.
+    In bf16 oneDNN compiles code on a CPU for each shape of a product, of which there are three, and keeps it.
     """
     step = max(1, len(counted) // 16)
     wanted = -(-int(counted.sum()) // step) * step
